@@ -102,7 +102,7 @@ def _boundary(
             if s.endswith('\n') or s.rstrip(' "\'”’)')[-1:] in ('.','!','?'): return p
     return max(0, min(pos, len(ids)))
 
-# %% ../nbs/09_needle.ipynb #50f2c644
+# %% ../nbs/09_needle.ipynb #71c51abf
 @dataclass
 class Planted:
     "A prompt of exactly the wanted length, with facts in it and a question at its end"
@@ -112,10 +112,12 @@ class Planted:
     positions:list # index in `ids` where each fact's text starts
     asked:Needle # the fact that the question asks for
     answer_text:str = field(default='')
+    used:int = 0 # haystack tokens in the prompt
+    question:list = field(default_factory=list) # token ids of the question, the end of `ids`
 
     def __len__(self): return len(self.ids)
 
-# %% ../nbs/09_needle.ipynb #a098c653
+# %% ../nbs/09_needle.ipynb #0473d839
 def plant(
     tok, # any Hugging Face tokenizer
     haystack, # a text, or its token ids
@@ -149,7 +151,7 @@ def plant(
         positions[i], last = len(ids), p
         ids += facts[i]
     ids += hay[last:] + q
-    return Planted(ids, a, needles, positions, needles[ask], needles[ask].answer)
+    return Planted(ids, a, needles, positions, needles[ask], needles[ask].answer, room, q)
 
 # %% ../nbs/09_needle.ipynb #c281a31e
 def answer_matches(

@@ -9,7 +9,7 @@ __all__ = ['cholesky_qr', 'batched_randomized_svd', 'rank_error', 'gram_svd', 's
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_rsvd.ipynb #bec9dd90
+# %% ../nbs/00_rsvd.ipynb #acd92217
 def _check(
     M:Tensor, # Matrices `[..., T, D]`
     k:int, # Number of singular triples
@@ -20,10 +20,10 @@ def _check(
     most = min(M.shape[-2:])
     if k < 1: raise ValueError(f"k must be at least 1, got k={k}")
     if k > most: raise ValueError(f"k must be at most min(T, D) = {most}, got k={k}")
-    if not torch.isfinite(M).all(): raise ValueError("M must be finite, got M with NaN or infinite values")
+    if M.numel() and not torch.isfinite(torch.stack(M.aminmax())).all(): raise ValueError("M must be finite, got M with NaN or infinite values")
     return M if M.dtype == torch.float64 else M.float()
 
-# %% ../nbs/00_rsvd.ipynb #d6410763
+# %% ../nbs/00_rsvd.ipynb #16bc422d
 def cholesky_qr(
     Y:Tensor, # Matrices `[..., T, l]`, T >= l
     passes:int=1, # 2 gives orthonormality to rounding
@@ -34,10 +34,10 @@ def cholesky_qr(
         d = G.diagonal(dim1=-2, dim2=-1)
         jitter = 8 * torch.finfo(Y.dtype).eps * d.mean(-1, keepdim=True) + torch.finfo(Y.dtype).tiny
         L, _ = torch.linalg.cholesky_ex(G + torch.diag_embed(jitter.expand_as(d)))
-        Y = torch.linalg.solve_triangular(L.mT, Y, upper=True, left=False)
+        Y = Y @ torch.linalg.solve_triangular(L, torch.eye(L.shape[-1], dtype=Y.dtype, device=Y.device).expand_as(L), upper=False).mT
     return Y
 
-# %% ../nbs/00_rsvd.ipynb #8eb73a2f
+# %% ../nbs/00_rsvd.ipynb #39d80114
 @torch.no_grad()
 def batched_randomized_svd(
     M:Tensor, # Matrices `[..., T, D]`, any floating dtype
@@ -57,12 +57,14 @@ def batched_randomized_svd(
             U, S, Vh = torch.linalg.svd(A, full_matrices=False)
         else:
             Z = torch.randn(D, l, dtype=A.dtype, device=A.device, generator=generator).expand(*A.shape[:-2], D, l)
-            for _ in range(n_iter): Z = cholesky_qr(A.mT @ (A @ Z))
-            Q = cholesky_qr(A @ Z, passes=2)
-            B = Q.mT @ A
-            w, E = torch.linalg.eigh(B @ B.mT)
-            E, S = E.flip(-1), w.flip(-1).clamp_min(0).sqrt()
-            U, Vh = Q @ E, (E.mT @ B) / S.clamp_min(torch.finfo(A.dtype).tiny)[..., None]
+            G = A.mT @ A if T >= 2 * D else None
+            for _ in range(n_iter + 1): Z = cholesky_qr(A.mT @ (A @ Z) if G is None else G @ Z)
+            Z = cholesky_qr(Z)
+            W = A @ Z
+            E = torch.linalg.eigh(W.mT @ W)[1].flip(-1)
+            US, Vh = W @ E, (Z @ E).mT
+            S = US.norm(dim=-2)
+            U = US / S.clamp_min(torch.finfo(A.dtype).tiny)[..., None, :]
     return U[..., :k].to(dtype), S[..., :k].to(dtype), Vh[..., :k, :].to(dtype)
 
 # %% ../nbs/00_rsvd.ipynb #5686ad5c
