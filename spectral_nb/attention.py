@@ -58,7 +58,7 @@ def _exact_parts(layer:SpectralLayer, key_states:Tensor, value_states:Tensor):
     for parts in ((layer.landmark_keys, layer.hot_keys, key_states), (layer.landmark_values, layer.hot_values, value_states)):
         yield torch.cat([t.float() for t in parts], 2)
 
-# %% ../nbs/04_attention.ipynb #6f100b34
+# %% ../nbs/04_attention.ipynb #cf42f467
 @torch.no_grad()
 def attend(
     layer:SpectralLayer, # Past tokens
@@ -78,8 +78,9 @@ def attend(
     if attention_mask.shape[-1] < past + Q: raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} keys, the cache and the new tokens are {past + Q}")
     if attention_mask.dtype != torch.bool: attention_mask = attention_mask > torch.finfo(torch.float16).min / 2
     attention_mask = attention_mask[:, :, -Q:, :past + Q].expand(B, 1, Q, past + Q)
-    live = layer.landmark_slots < n
-    slots = layer.landmark_slots.clamp(0, max(n - 1, 0))
+    live = (layer.landmark_slots < n)[:, None, None]
+    slots = layer.landmark_slots.clamp_max(past)[:, None, None]
+    coded = ~layer.is_landmark(0, n)[:, None, None]
     with torch.autocast(query_states.device.type, enabled=False):
         exact_keys, exact_values = _exact_parts(layer, key_states, value_states)
         outs, received = [], torch.zeros(B, H, hot + Q, device=query_states.device)
@@ -87,11 +88,9 @@ def attend(
         for q, mask in zip(query_states.split(step, 2), attention_mask.split(step, 2)):
             g = q.float().reshape(B, H, -1, D)
             s = g @ exact_keys.mT
-            exact_mask = torch.cat([mask.gather(3, slots[:, None, None].expand(*mask.shape[:3], L)) & live[:, None, None], mask[..., n:]], -1)
-            if n:
-                cold_mask = mask[..., :n].scatter(3, slots[:, None, None].expand(*mask.shape[:3], L), mask[..., :n].gather(3, slots[:, None, None].expand(*mask.shape[:3], L)) & ~live[:, None, None])
-                s, exact_mask = torch.cat([layer.cold.scores(g), s], -1), torch.cat([cold_mask, exact_mask], -1)
-            p = softmax_attention(s.view(B, H, heads // H, -1, s.shape[-1]) * scaling, exact_mask[:, :, None], softcap).flatten(2, 3)
+            seen = torch.cat([mask.gather(3, slots.expand(*mask.shape[:3], L)) & live, mask[..., n:]], -1)
+            if n: s, seen = torch.cat([layer.cold.scores(g), s], -1), torch.cat([mask[..., :n] & coded, seen], -1)
+            p = softmax_attention(s.view(B, H, heads // H, -1, s.shape[-1]) * scaling, seen[:, :, None], softcap).flatten(2, 3)
             out = p[..., n:] @ exact_values
             if n: out = out + layer.cold.mix(p[..., :n])
             received += p[..., n + L:].sum(2)

@@ -188,7 +188,18 @@ def restarts(self:SpectralLayer,
     if (first > 1).any(): raise ValueError(f"position_ids go back to {first.min().item()} while {self.get_seq_length()} tokens are held; call crop() or reset() first")
     return True
 
-# %% ../nbs/03_cache.ipynb #125acb4c
+# %% ../nbs/03_cache.ipynb #3cda4a03
+@patch
+def is_landmark(self:SpectralLayer,
+    start:int, # First slot
+    stop:int, # One past the last
+) -> Tensor: # `[B, stop - start]` bool
+    "Which of these slots are landmarks."
+    at = self.landmark_slots - start
+    at = torch.where((at >= 0) & (at < stop - start), at, stop - start)
+    return torch.zeros(len(at), stop - start + 1, dtype=torch.bool, device=self.device).scatter(1, at, True)[:, :-1]
+
+# %% ../nbs/03_cache.ipynb #b3c84900
 @patch
 def freeze(self:SpectralLayer,
     n:int, # Oldest hot tokens to code, a multiple of the store's page
@@ -197,13 +208,12 @@ def freeze(self:SpectralLayer,
     start, device = len(self.cold), self.device
     keys, values = self.hot_keys[:, :, :n], self.hot_values[:, :, :n]
     slots = torch.arange(start, start + n, device=device)
-    weight = (slots >= self.padding_per_row()[:, None]).float()[:, None]
     inside = (self.landmark_slots >= start) & (self.landmark_slots < start + n)
     at = (self.landmark_slots - start).clamp(0, n - 1)
     for tier, hot in ((self.landmark_keys, keys), (self.landmark_values, values)):
         found = hot.gather(2, at[:, None, :, None].expand(-1, *tier.shape[1:]))
         tier.copy_(torch.where(inside[:, None, :, None], found, tier))
-    weight = weight.scatter(2, at[:, None], weight.gather(2, at[:, None]) * ~inside[:, None])
+    weight = ((slots >= self.padding_per_row()[:, None]) & ~self.is_landmark(start, start + n)).float()[:, None]
     if self.importance is not None:
         received = self.importance[:, :, :n]
         weight = weight * (received / received.mean(-1, keepdim=True).clamp_min(1e-9) + .05)
@@ -227,7 +237,7 @@ def add_landmarks(self:SpectralLayer,
     self.landmark_keys, self.landmark_values = (
         torch.cat([t, t.new_zeros(*t.shape[:2], slots.shape[1], t.shape[3])], 2) for t in (self.landmark_keys, self.landmark_values))
 
-# %% ../nbs/03_cache.ipynb #c4ce3841
+# %% ../nbs/03_cache.ipynb #73027864
 @patch
 @torch.no_grad()
 def get_kv(self:SpectralLayer) -> tuple[Tensor, Tensor]: # Keys **post-RoPE** `[B, H, n, D]` and values, in the model's dtype
@@ -237,13 +247,12 @@ def get_kv(self:SpectralLayer) -> tuple[Tensor, Tensor]: # Keys **post-RoPE** `[
     with torch.autocast(self.device.type, enabled=False):
         keys = apply_rope(self.cold.key_states(), torch.arange(n, device=self.device), self.table)
         values = self.cold.value_states()
-    out = []
+    out, T = [], n + self.hot_length
+    at = torch.where(self.landmark_slots < n, self.landmark_slots, T)[:, None, :, None]
     for cold, landmarks, hot in ((keys, self.landmark_keys, self.hot_keys), (values, self.landmark_values, self.hot_values)):
-        cold = cold.to(self.dtype)
-        at = self.landmark_slots.clamp_max(n - 1)[:, None, :, None].expand_as(landmarks)
-        live = (self.landmark_slots < n)[:, None, :, None]
-        cold = cold.scatter(2, at, torch.where(live, landmarks.to(self.dtype), cold.gather(2, at)))
-        out.append(torch.cat([cold, hot.to(self.dtype)], 2))
+        spare = hot.new_empty(*hot.shape[:2], 1, hot.shape[3]) # landmarks that are still hot go to a row past the end
+        states = torch.cat([o.to(self.dtype) for o in (cold, hot, spare)], 2)
+        out.append(states.scatter_(2, at.expand_as(landmarks), landmarks.to(self.dtype))[:, :, :T])
     return tuple(out)
 
 # %% ../nbs/03_cache.ipynb #acca02eb

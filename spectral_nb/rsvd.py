@@ -94,7 +94,7 @@ def gram_svd(
         U = US / S.clamp_min(torch.finfo(A.dtype).tiny)[..., None, :]
     return U.to(dtype), S.to(dtype), V.mT.to(dtype)
 
-# %% ../nbs/00_rsvd.ipynb #dc5b50ec
+# %% ../nbs/00_rsvd.ipynb #22992578
 def svd_route(
     T:int, # Rows of each matrix
     D:int, # Columns of each matrix
@@ -102,7 +102,7 @@ def svd_route(
     oversampling:int=5,
 ) -> str: # `"randomized"` or `"gram"`
     "The faster route for `[T, D]` matrices at rank `k`, by the measured break-even."
-    return "randomized" if k + oversampling < 0.42 * min(T, D) else "gram"
+    return "randomized" if k + oversampling < 0.5 * min(T, D) else "gram"
 
 # %% ../nbs/00_rsvd.ipynb #8ed75638
 def truncated_svd(
