@@ -43,33 +43,38 @@ def demo(
     if report: write_report(result, report); typer.echo(f"report: {report}")
     if json_file: json_file.write_text(json.dumps(demo_json(result), indent=1) + "\n")
 
-# %% ../nbs/16_cli.ipynb #6600aa81
+# %% ../nbs/16_cli.ipynb #5055e2de
 def load_model(
     name:str, # `pocket`, a folder or a hub model
     device:str|None=None,
+    context:int=0, # Tokens that the model must be able to read
 ):
     "Model and tokenizer, or one clear line."
+    import logging
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from spectral_nb.pocket import load_pocket
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from spectral_nb.pocket import data_path, load_pocket
     from spectral_nb.rope import rope_table
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR) # a line for each of its retries
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try: torch.empty(1, device=device)
     except (RuntimeError, AssertionError): raise Quit(f"device {device!r} is not available; see `spectral-nb info`")
-    if name == "pocket": return load_pocket(device)
+    if (name[:1] in "./~" or name.count("/") > 1) and not Path(name).is_dir(): raise Quit(f"model folder {name} does not exist")
     try:
+        config = AutoConfig.from_pretrained(data_path() if name == "pocket" else name)
+        rope_table(config)
+        most = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if most and context > most: raise ValueError(f"context {context} is longer than the model's {most} tokens")
+        if name == "pocket": return load_pocket(device)
         tok = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if device == "cpu" else "auto").to(device).eval()
-    except (OSError, ValueError) as e: raise Quit(f"model {name!r} could not be loaded: {str(e).splitlines()[0]}")
-    try: rope_table(model.config)
-    except ValueError as e: raise Quit(e)
-    return model, tok
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if device == "cpu" else "auto").to(device).eval(), tok
+    except Exception as e: raise Quit(f"model {name!r} cannot be used: {(str(e) or type(e).__name__).splitlines()[0]}")
 
-# %% ../nbs/16_cli.ipynb #7c460511
+# %% ../nbs/16_cli.ipynb #7e07ed18
 @app.command("eval")
 def evaluate_(
     codec:Annotated[list[str], typer.Option(help="dense, rank:16/32, ...; may be repeated")],
-    model:Annotated[str, typer.Option(help="Folder or hub name of a causal language model, or `pocket`")]="pocket",
+    model:Annotated[str, typer.Option(help="Folder or hub name of a causal language model, or pocket")]="pocket",
     context:Annotated[int, typer.Option(help="Tokens of each prompt and its question")]=4096,
     trials:Annotated[int, typer.Option(help="Prompts")]=10,
     haystack:Annotated[Optional[Path], typer.Option(help="UTF-8 text to hide codes in; default: held-out books of the package")]=None,
@@ -87,7 +92,7 @@ def evaluate_(
     try: [parse_spec(c) for c in codec]
     except ValueError as e: raise Quit(e)
     if haystack is not None and not haystack.is_file(): raise Quit(f"haystack {haystack} does not exist")
-    lm, tok = load_model(model, device)
+    lm, tok = load_model(model, device, context)
     try: scores = evaluate(lm, tok, codec, [haystack.read_text(encoding="utf-8")] if haystack else texts("report"), context, trials, seed=seed)
     except ValueError as e: raise Quit(e)
     rows = summarize(scores, context)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHA256', 'data_path', 'check_sha256', 'load_pocket', 'haystack', 'pocket_states']
 
-# %% ../nbs/10_pocket.ipynb #a72cf6a0
+# %% ../nbs/10_pocket.ipynb #ab8f61e5
 import hashlib
 from functools import cache
 from importlib import resources
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 # %% ../nbs/10_pocket.ipynb #3badebda
 SHA256 = "129d36ac6e0db5c4cea42c8f2b728c3c8cd096d35b94ef51b7441bfc7de1adf4" # of model.safetensors
@@ -39,7 +40,7 @@ def check_sha256(
 @cache
 def _checked(): check_sha256(data_path() / "model.safetensors", SHA256)
 
-# %% ../nbs/10_pocket.ipynb #7bc2210c
+# %% ../nbs/10_pocket.ipynb #83338aa7
 def load_pocket(
     device:str|torch.device="cpu",
     dtype:torch.dtype|None=None, # Default: float16 on a GPU, float32 on a CPU, where float16 is slow
@@ -47,7 +48,11 @@ def load_pocket(
     "The pocket model and its tokenizer, as `AutoModelForCausalLM` and `AutoTokenizer` load them from `data_path()`."
     _checked()
     dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.float16)
-    model = AutoModelForCausalLM.from_pretrained(data_path(), dtype=dtype)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar() # it takes a tenth of a second
+    try: model = AutoModelForCausalLM.from_pretrained(data_path(), dtype=dtype)
+    finally:
+        if shown: logging.enable_progress_bar()
     return model.to(device).eval(), AutoTokenizer.from_pretrained(data_path())
 
 # %% ../nbs/10_pocket.ipynb #62e52937
