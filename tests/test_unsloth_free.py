@@ -1,0 +1,164 @@
+"The same one-liners on plain transformers models, where Unsloth is not needed."
+import logging
+
+import pytest
+import torch
+from tiny import CONFIGS, head_dim, prompt, tiny_model
+from transformers import DynamicCache
+
+from spectral_nb.cache import SpectralCache
+from spectral_nb.codec import SpectralConfig
+from spectral_nb.integration import model_route, patch_unsloth_attention, spectral, unpatch_unsloth_attention
+
+NEW = 40
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    m = tiny_model(request.param)
+    yield m
+    unpatch_unsloth_attention(m)
+    m.set_attn_implementation("eager")
+
+
+@pytest.fixture
+def llama():
+    m = tiny_model("llama")
+    yield m
+    unpatch_unsloth_attention(m)
+    m.set_attn_implementation("eager")
+
+
+def lossless(model, **kw): return SpectralConfig.lossless(head_dim(model), **{"coding": "rank", "block_size": 32, "hot_buffer_size": 16, **kw})
+def lossy(**kw): return SpectralConfig(**{"coding": "rank", "block_size": 32, "hot_buffer_size": 16, "k_rank_keys": 8, "k_rank_values": 8, **kw})
+
+
+def generate(model, inputs, **kw):
+    return model.generate(**inputs, **{"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True, **kw})
+
+
+def logits(out): return torch.stack(out.logits)
+
+
+def test_same_as_dense_and_restored(model):
+    inputs = prompt(3)
+    dense, names = generate(model, inputs), {id(m): set(m.__dict__) for m in model.modules()}
+    with spectral(model, spectral_config=lossless(model)) as patched:
+        assert patched.route == "transformers" and model.config._attn_implementation == "spectral"
+        got, again = generate(model, inputs), generate(model, inputs)
+    assert torch.equal(got.sequences, dense.sequences) and torch.equal(logits(got), logits(again))
+    assert (logits(got) - logits(dense)).abs().max() / logits(dense).abs().max() < 2e-5
+    assert isinstance(got.past_key_values, SpectralCache) and got.past_key_values is not again.past_key_values
+    assert patched.prefill == [2, 2] and patched.decode == [2 * (NEW - 1)] * 2
+    assert model.config._attn_implementation == "eager" and {id(m): set(m.__dict__) for m in model.modules()} == names
+    assert torch.equal(logits(generate(model, inputs)), logits(dense))
+
+
+def test_beam_search(model):
+    inputs = prompt(2)
+    kw = dict(num_beams=3, max_new_tokens=24, output_logits=False)
+    dense = generate(model, inputs, **kw)
+    with spectral(model, spectral_config=lossless(model)): assert torch.equal(generate(model, inputs, **kw).sequences, dense.sequences)
+
+
+@pytest.mark.parametrize("spectral_attention", [True, False])
+def test_rebuilt_states_with_padding(llama, spectral_attention):
+    with spectral(llama, spectral_config=lossy()): want = generate(llama, prompt(3))
+    with spectral(llama, spectral_config=lossy(), use_spectral_attention=spectral_attention): got = generate(llama, prompt(3))
+    assert torch.equal(got.sequences, want.sequences)
+    assert (logits(got) - logits(want)).abs().max() < 2e-2  # a code may round the other way
+
+
+def test_turns_sampling_and_prompt_lookup(llama):
+    first, second = prompt(1, 120), prompt(1, 60, seed=1)["input_ids"]
+    def turns():
+        one = generate(llama, first, max_new_tokens=20)
+        return generate(llama, dict(input_ids=torch.cat([one.sequences, second], 1)), past_key_values=one.past_key_values).sequences
+    def sample():
+        torch.manual_seed(0)
+        return generate(llama, prompt(2), do_sample=True, top_p=.9).sequences
+    def lookup(): return llama.generate(prompt(1)["input_ids"].repeat(1, 2), max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3)
+    want = [f() for f in (turns, sample, lookup)]
+    with spectral(llama, spectral_config=lossless(llama)): got = [f() for f in (turns, sample, lookup)]
+    for a, b in zip(want, got): assert torch.equal(a, b)
+
+
+def test_loop_by_hand(llama):
+    ids = prompt(1)["input_ids"]
+    with torch.no_grad():
+        want = llama(ids).logits[:, -1]
+        with spectral(llama, spectral_config=lossless(llama)) as patched:
+            past = llama(ids[:, :-1]).past_key_values
+            assert isinstance(past, SpectralCache)
+            torch.testing.assert_close(llama(ids[:, -1:], past_key_values=past).logits[:, -1], want, atol=1e-4, rtol=1e-4)
+        assert patched.prefill == [1, 1] and patched.decode == [1, 1]
+
+
+def test_another_cache_in_the_generation_config(llama):
+    "Hub models ask for static or hybrid caches in their generation config; that wish is dropped and put back."
+    want = generate(llama, prompt(1)).sequences
+    llama.generation_config.cache_implementation = "static"
+    try:
+        with spectral(llama, spectral_config=lossless(llama)):
+            assert torch.equal(generate(llama, prompt(1)).sequences, want)
+            with pytest.raises(ValueError, match="asks for another cache"): generate(llama, prompt(1), cache_implementation="static")
+        assert llama.generation_config.cache_implementation == "static"
+    finally: llama.generation_config.cache_implementation = None
+
+
+def test_dense_states_are_refused(llama):
+    dense = DynamicCache(config=llama.config)
+    ids = prompt(1)["input_ids"]
+    llama(ids, past_key_values=dense)
+    with spectral(llama), pytest.raises(ValueError, match="computed without compression"): llama(ids[:, -1:], past_key_values=dense)
+
+
+def test_cache_that_stands_still_raises(llama, monkeypatch):
+    from spectral_nb.cache import SpectralLayer
+    with spectral(llama, spectral_config=lossless(llama)):
+        append = SpectralLayer.append
+        monkeypatch.setattr(SpectralLayer, "append", lambda self, k, v, **kw: append(self, k, v, **kw) if k.shape[2] > 1 else None)
+        with pytest.raises(RuntimeError, match="decoding did not reach the spectral cache"): generate(llama, prompt(1))
+
+
+def test_without_a_cache(llama):
+    want = generate(llama, prompt(1), use_cache=False).sequences
+    with spectral(llama): assert torch.equal(generate(llama, prompt(1), use_cache=False).sequences, want)
+
+
+def test_attention_that_bypasses_the_interface_gets_rebuilt_states(llama, caplog):
+    "As Unsloth's Gemma 3 does: it touches the states before the attention function sees them."
+    import transformers.models.llama.modeling_llama as M
+    eager = M.eager_attention_forward
+    want = generate(llama, prompt(3)).sequences
+    old = M.LlamaAttention.forward
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kw):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = M.apply_rotary_pos_emb(q, k, *position_embeddings)
+        k, v = past_key_values.update(k, v, self.layer_idx)
+        out = eager(self, q, k * 1, v, attention_mask, scaling=self.scaling)[0]
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
+    M.LlamaAttention.forward = forward
+    try:
+        with caplog.at_level(logging.WARNING), spectral(llama, spectral_config=lossless(llama)): got = generate(llama, prompt(3)).sequences
+    finally: M.LlamaAttention.forward = old
+    assert torch.equal(got, want) and "cold states are rebuilt" in caplog.text
+
+
+def test_lora():
+    peft = pytest.importorskip("peft")
+    model = tiny_model.__wrapped__("qwen3")
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    want = generate(model, prompt(3)).sequences
+    with spectral(model, spectral_config=lossless(model)) as patched:
+        assert torch.equal(generate(model, prompt(3)).sequences, want) and patched.decode == [NEW - 1] * 2
+    assert model.get_base_model().config._attn_implementation == "eager"
+
+
+def test_unsupported_models_are_left_alone():
+    from transformers import AutoConfig, AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=64))
+    before = dict(model.__dict__)
+    with pytest.raises(ValueError, match="'gpt2' is not supported; supported: cohere"): patch_unsloth_attention(model)
+    assert model.__dict__ == before and model_route(model) == "transformers"
