@@ -28,13 +28,20 @@ def device_name(
     except (OSError, StopIteration): pass
     return f"{cpu}, {torch.get_num_threads()} threads"
 
-# %% ../nbs/13_info.ipynb #9c289519
+# %% ../nbs/13_info.ipynb #d718c11c
+def _found(
+    name:str, # Of a distribution and of its module
+) -> str:
+    "A version, `found` where another distribution brings the module, or `missing`."
+    try: return metadata.version(name)
+    except metadata.PackageNotFoundError: return "found" if util.find_spec(name) else "missing"
+
+# %% ../nbs/13_info.ipynb #b011c734
 def versions() -> dict[str, str]: # By distribution name
     "Versions of what results depend on; only what is installed."
     out = dict(python=platform.python_version(), **{"spectral-nb": spectral_nb.__version__})
     for name in ("torch", "transformers", "triton", "unsloth"):
-        try: out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError: pass
+        if (found := _found(name)) != "missing": out[name] = found
     return out
 
 # %% ../nbs/13_info.ipynb #d838f562
@@ -50,7 +57,7 @@ def stamp(
 EXTRAS = dict(triton=("gpu", "fused decode kernels"), unsloth=("unsloth", "Unsloth's two inference paths"),
     ipywidgets=("notebook", "widgets"), jupyterlab=("notebook", "notebooks"), nbdev=("dev", "exporting and testing notebooks"))
 
-# %% ../nbs/13_info.ipynb #885027a7
+# %% ../nbs/13_info.ipynb #ed96de17
 def capabilities() -> list[dict]: # Rows `dict(what, found, note)`
     "What this machine offers, and how to get what it lacks."
     cuda = torch.cuda.is_available()
@@ -59,6 +66,6 @@ def capabilities() -> list[dict]: # Rows `dict(what, found, note)`
     gpu = f"{device_name('cuda')}, sm_{''.join(map(str, torch.cuda.get_device_capability()))}" if cuda else "none"
     rows.append(dict(what="CUDA", found=gpu, note="" if cuda else "everything runs on the CPU, slowly; install a CUDA build of torch where there is an NVIDIA GPU"))
     for name, (extra, what) in EXTRAS.items():
-        found = metadata.version(name) if util.find_spec(name) else "missing"
+        found = _found(name)
         rows.append(dict(what=name, found=found, note="" if found != "missing" else f"for {what}: pip install 'spectral-nb[{extra}]'"))
     return rows
