@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'softmax_attention', 'causal_mask', 'dense_attention', 'attend', 'padding_of', 'spectral_attention_forward',
-           'prompt_importance']
+           'output_gram', 'sample_queries', 'prompt_importance']
 
-# %% ../nbs/04_attention.ipynb #9e05b22f
+# %% ../nbs/04_attention.ipynb #fed5f11d
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -14,6 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .cache import CompressedStates, SpectralLayer
+from .spectral import Sample
 
 # %% ../nbs/04_attention.ipynb #ae73adb8
 def softmax_attention(
@@ -52,10 +53,10 @@ def dense_attention(module, query:Tensor, key:Tensor, value:Tensor, attention_ma
         out = p @ value.float()[:, :, None]
     return out.view(B, H, Q, -1).transpose(1, 2).to(query.dtype).contiguous()
 
-# %% ../nbs/04_attention.ipynb #84b97c03
+# %% ../nbs/04_attention.ipynb #1a9a99e6
 def _exact_parts(layer:SpectralLayer, key_states:Tensor, value_states:Tensor):
     "Keys and values of landmarks, hot tokens and new ones, float32."
-    for parts in ((layer.landmark_keys, layer.hot_keys, key_states), (layer.landmark_values, layer.hot_values, value_states)):
+    for parts in zip((layer.landmark_keys, layer.landmark_values), layer.hot.states(), (key_states, value_states)):
         yield torch.cat([t.float() for t in parts], 2)
 
 # %% ../nbs/04_attention.ipynb #cf42f467
@@ -111,7 +112,7 @@ def padding_of(
     padding = seen.int().argmax(-1)
     return padding if padding.any() else None
 
-# %% ../nbs/04_attention.ipynb #1c475360
+# %% ../nbs/04_attention.ipynb #ee7c7a9f
 def spectral_attention_forward(
     module, # Attention module of the model
     query:Tensor, # **post-RoPE** `[B, heads, q_len, D]`
@@ -136,6 +137,7 @@ def spectral_attention_forward(
     if query.shape[2] > 1 and layer.get_seq_length() and positions is not None and positions.ndim < 3 and layer.restarts(positions):
         layer.reset()
         attention_mask = None if attention_mask is None else attention_mask[..., -query.shape[2]:]
+    layer.observe(sample_queries(module, query, layer.get_seq_length(), scaling, softcap) if layer.wants_queries else None)
     if layer.get_seq_length(): out, received = attend(layer, query, key_states, value_states, attention_mask, scaling, softcap)
     else:
         if layer.padding is None: layer.padding = padding_of(attention_mask)
@@ -144,6 +146,39 @@ def spectral_attention_forward(
     if received is not None: layer.update_attention_importance(received[:, :, :layer.hot_length])
     layer.append(key_states, value_states, received=None if received is None else received[:, :, layer.hot_length:])
     return out, None
+
+# %% ../nbs/04_attention.ipynb #5e1135af
+@torch.no_grad()
+def output_gram(
+    module, # Attention module of a model
+    heads:int, # Query heads
+    Dv:int, # Dimension of a head's output
+    device:torch.device,
+) -> Tensor: # `[heads, Dv, Dv]` float32
+    "How much each direction of a head's output moves the layer's output: the Gram matrix of its slice of the output projection."
+    proj = next((getattr(module, n) for n in ("o_proj", "dense", "out_proj") if hasattr(module, n)), None)
+    if proj is None: return torch.eye(Dv, device=device).expand(heads, Dv, Dv)
+    W = getattr(proj, "weight", None)
+    if W is None or not W.is_floating_point() or W.shape[-1] != heads * Dv: # quantized or wrapped: ask it
+        x = torch.eye(heads * Dv, device=device, dtype=getattr(module, "dtype", torch.float16))
+        W = (proj(x) - proj(torch.zeros_like(x[:1]))).mT
+    W = W.float().unflatten(-1, (heads, Dv)).transpose(0, 1)
+    return W.mT @ W
+
+# %% ../nbs/04_attention.ipynb #46127d2e
+def sample_queries(
+    module,
+    query:Tensor, # **post-RoPE** `[B, heads, n, D]`
+    start:int, # Slot of the first
+    scaling:float,
+    softcap:float|None=None,
+    most:int=128,
+) -> Sample:
+    "Queries of a call that stand for those to come."
+    n = query.shape[2]
+    at = torch.linspace(n // 2, n - 1, min(most, n - n // 2), device=query.device).long()
+    v_dim = getattr(module, "v_head_dim", query.shape[3])
+    return Sample(query[:, :, at].clone(), start + at, output_gram(module, query.shape[1], v_dim, query.device), scaling, softcap)
 
 # %% ../nbs/04_attention.ipynb #1939867f
 @torch.no_grad()

@@ -6,21 +6,21 @@
 __all__ = ['CODINGS', 'COEFFICIENTS', 'EXACT_DTYPES', 'STORES', 'SpectralConfig', 'quantize_int8', 'Factor', 'encode_factor',
            'dual_scores', 'mix_values', 'SpectralBlock', 'RankStore']
 
-# %% ../nbs/02_codec.ipynb #7cd22ab9
+# %% ../nbs/02_codec.ipynb #c824bd40
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from .rope import RopeTable, apply_rope
+from .rope import RopeTable, apply_rope, unapply_rope
 from .rsvd import truncated_svd
 
-# %% ../nbs/02_codec.ipynb #1aa583ef
-CODINGS = ("rank",)
+# %% ../nbs/02_codec.ipynb #c6e823a1
+CODINGS = ("spectral", "rank", "kivi", "hf_int", "turbo")
 COEFFICIENTS = dict(int8=torch.int8, float16=torch.float16, float32=torch.float32)
 EXACT_DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
 
-# %% ../nbs/02_codec.ipynb #ca987b06
+# %% ../nbs/02_codec.ipynb #2c13fba2
 @dataclass(frozen=True)
 class SpectralConfig:
     "What a spectral cache keeps, and how."
@@ -31,13 +31,26 @@ class SpectralConfig:
     landmark_count:int=4 # First tokens that stay exact (attention sinks)
     use_attention_weighted_svd:bool=False # Fit bases to tokens in proportion to the attention they receive
     coding:str="rank" # One of `CODINGS`
+    ratio:float|None=None # Dense bytes over all bytes, to be met at the end of the prompt (spectral coding; default 8)
+    bits:float|None=None # Instead of `ratio`: mean bits of a coefficient (spectral coding)
+    fit_length:int=512 # Tokens a spectral basis is fitted to, at least; fewer stay exact
+    floor:float=0.125 # Bits a coefficient that no layer's keys or values get less than (spectral coding)
+    drift:float=2. # Error of later pages, over that of the fitted ones, at which bases are fitted again (spectral coding)
     coefficients:str="int8" # int8 with a scale for each component; float16 or float32 to see the basis alone
+    peer_bits:tuple[int, int]|None=None # Bits of keys and values (kivi, hf_int, turbo)
     exact_dtype:str|None=None # Storage of exact tokens; default: the model's own dtype
 
     def __post_init__(self):
-        for name, least in dict(block_size=1, k_rank_keys=1, k_rank_values=1, hot_buffer_size=0, landmark_count=0).items():
+        for name, least in dict(block_size=1, k_rank_keys=1, k_rank_values=1, hot_buffer_size=0, landmark_count=0, fit_length=1).items():
             v = getattr(self, name)
             if not isinstance(v, int) or isinstance(v, bool) or v < least: raise ValueError(f"{name} must be an integer of at least {least}, got {v!r}")
+        for name, least in dict(ratio=1, bits=0, floor=0, drift=1).items():
+            v = getattr(self, name)
+            if v is not None and not (isinstance(v, (int, float)) and v > least - (name == "floor")): raise ValueError(f"{name} must be a number above {least}, got {v!r}")
+        peer = self.coding in ("kivi", "hf_int", "turbo")
+        if peer and not (isinstance(self.peer_bits, tuple) and len(self.peer_bits) == 2 and all(b in (2, 3, 4) for b in self.peer_bits)):
+            raise ValueError(f"peer_bits must be two of 2, 3 and 4 for coding {self.coding!r}, got {self.peer_bits!r}")
+        if self.ratio is not None and self.bits is not None: raise ValueError(f"pass ratio or bits, not both: got ratio={self.ratio} and bits={self.bits}")
         for name, known in dict(coding=CODINGS, coefficients=COEFFICIENTS, exact_dtype=(None, *EXACT_DTYPES)).items():
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
 
@@ -141,7 +154,7 @@ class SpectralBlock:
         "Bytes of codes, scales and bases."
         return sum(t.numel() * t.element_size() for o in (self.keys, self.values) for t in vars(o).values())
 
-# %% ../nbs/02_codec.ipynb #06d048f4
+# %% ../nbs/02_codec.ipynb #6c9395b3
 class RankStore:
     "Cold tokens of one layer under rank coding."
     def __init__(self,
@@ -149,6 +162,8 @@ class RankStore:
         table:RopeTable,
     ):
         self.config, self.table, self.keys, self.values = config, table, None, None
+
+    ready = True # Nothing has to be measured before the first block
 
     @property
     def page(self) -> int: # Tokens
@@ -158,21 +173,23 @@ class RankStore:
     def __len__(self): return 0 if self.keys is None else len(self.keys) * self.page
 
     def append(self,
-        key_states:Tensor, # **pre-RoPE** `[B, H, n * page, D]`
+        key_states:Tensor, # **post-RoPE** `[B, H, n * page, D]`
         value_states:Tensor, # `[B, H, n * page, D]`
         weight:Tensor, # `[B, H or 1, n * page]`, 0: neither fitted nor kept (padding, landmarks)
     ):
-        "Code `n` more pages."
-        c = self.config
+        "Code `n` more pages, keys turned back by their slots."
+        c, slots = self.config, torch.arange(len(self), len(self) + key_states.shape[2], device=key_states.device)
+        key_states = unapply_rope(key_states.float(), slots, self.table)
         weight = weight.unflatten(-1, (-1, self.page))
         for name, x, rank in (("keys", key_states, c.k_rank_keys), ("values", value_states, c.k_rank_values)):
             x = x.float().unflatten(2, (-1, self.page)) * (weight > 0)[..., None]
             new, old = encode_factor(x, rank, weight, c.coefficients), getattr(self, name)
             setattr(self, name, new if old is None else Factor(*(torch.cat([a, b], 2) for a, b in zip(vars(old).values(), vars(new).values()))))
 
-    def key_states(self) -> Tensor: # **pre-RoPE** `[B, H, len(self), D]` float32
+    def key_states(self) -> Tensor: # **post-RoPE** `[B, H, len(self), D]` float32
         "The keys that the codes stand for."
-        return self.keys.states()
+        keys = self.keys.states()
+        return apply_rope(keys, torch.arange(len(self), device=keys.device), self.table)
 
     def value_states(self) -> Tensor: # `[B, H, len(self), D]` float32
         "The values that the codes stand for."
@@ -183,8 +200,7 @@ class RankStore:
     ) -> Tensor: # `[B, H, Q, len(self)]` float32, unscaled
         "Scores of queries and all cold keys; from rebuilt keys where many queries share the cost."
         if query_states.shape[2] <= 64: return dual_scores(query_states, self.keys, self.table)
-        positions = torch.arange(len(self), device=query_states.device)
-        return query_states.float() @ apply_rope(self.key_states(), positions, self.table).mT
+        return query_states.float() @ self.key_states().mT
 
     def mix(self,
         probs:Tensor, # `[B, H, Q, len(self)]` float32

@@ -7,7 +7,7 @@ __all__ = ['SPECS', 'parse_spec', 'new_cache', 'FanOutLayer', 'FanOutCache', 'at
            'greedy', 'Trial', 'make_trials', 'Score', 'kl_divergence', 'cache_bytes', 'score_trial', 'summarize',
            'evaluate']
 
-# %% ../nbs/11_evaluate.ipynb #614e1cea
+# %% ../nbs/11_evaluate.ipynb #9c7d5e8a
 import copy
 import random
 import re
@@ -22,13 +22,19 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from . import attention  # registers the attention implementation 'spectral'
 from .cache import CompressedStates, SpectralCache, SpectralLayer
+from .calibrate import spectral_cache
 from .codec import SpectralConfig
 from .needle import Needle, answer_ids, make_needles, plant
 
-# %% ../nbs/11_evaluate.ipynb #b407de8a
+# %% ../nbs/11_evaluate.ipynb #ea1b5139
 def _pair(s): return tuple(int(o) for o in s.split("/"))
 
 SPECS = { # pattern: (example, fields of SpectralConfig from the matched groups)
+    r"spectral:(\d+(?:\.\d+)?)x": ("spectral:8x", lambda r: dict(coding="spectral", ratio=float(r))),
+    r"spectral:(\d+(?:\.\d+)?)bit": ("spectral:1.5bit", lambda b: dict(coding="spectral", bits=float(b))),
+    r"kivi:([234])/([234])": ("kivi:2/2", lambda k, v: dict(coding="kivi", peer_bits=(int(k), int(v)), hot_buffer_size=128, landmark_count=0)),
+    r"hf-int([234])": ("hf-int4", lambda b: dict(coding="hf_int", peer_bits=(int(b), int(b)), hot_buffer_size=0, landmark_count=0)),
+    r"turbo:([234])/([234])": ("turbo:3/3", lambda k, v: dict(coding="turbo", peer_bits=(int(k), int(v)))),
     r"rank:(\d+)/(\d+)": ("rank:16/32", lambda k, v: dict(coding="rank", k_rank_keys=int(k), k_rank_values=int(v))),
 }
 
@@ -43,7 +49,7 @@ def parse_spec(
         if m := re.fullmatch(pattern, spec): return SpectralConfig(**{**kwargs, **make(*m.groups())})
     raise ValueError(f"unknown codec {spec!r}; known: dense, {', '.join(e for e, _ in SPECS.values())}")
 
-# %% ../nbs/11_evaluate.ipynb #02645b3d
+# %% ../nbs/11_evaluate.ipynb #c3dd9eb7
 def new_cache(
     spec:str, # Name of a codec
     model, # A causal language model
@@ -51,9 +57,9 @@ def new_cache(
 ) -> Cache:
     "An empty cache of this codec for this model; exact tokens are stored in 16 bits, as the dense cache they are compared with."
     config = parse_spec(spec, **{"exact_dtype": "bfloat16" if model.dtype == torch.bfloat16 else "float16", **kwargs})
-    return DynamicCache(config=model.config) if config is None else SpectralCache(model.config, config)
+    return DynamicCache(config=model.config) if config is None else spectral_cache(model, config)
 
-# %% ../nbs/11_evaluate.ipynb #5a913641
+# %% ../nbs/11_evaluate.ipynb #8f824fce
 class FanOutLayer(CacheLayerMixin):
     "One layer of several caches, to be filled with the same prompt."
     supports_early_init = False
@@ -85,6 +91,14 @@ class FanOutLayer(CacheLayerMixin):
         if self.config is None: return [o.update(key_states, value_states) for o in self.layers][0]
         self.pending = key_states, value_states
         return tuple(CompressedStates(self, s, s.shape[2]) for s in self.pending)
+
+    @property
+    def wants_queries(self): return any(isinstance(o, SpectralLayer) and o.wants_queries for o in self.layers)
+
+    def observe(self, sample):
+        "Hand queries to every layer that wants them."
+        for o in self.layers:
+            if isinstance(o, SpectralLayer) and o.wants_queries: o.observe(copy.copy(sample))
 
     def append(self, key_states, value_states, **kwargs):
         "Store a prompt in every cache."
