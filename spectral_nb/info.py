@@ -57,7 +57,7 @@ def stamp(
 EXTRAS = dict(triton=("gpu", "fused decode kernels"), unsloth=("unsloth", "Unsloth's two inference paths"),
     ipywidgets=("notebook", "widgets"), jupyterlab=("notebook", "notebooks"), nbdev=("dev", "exporting and testing notebooks"))
 
-# %% ../nbs/13_info.ipynb #ed96de17
+# %% ../nbs/13_info.ipynb #163a1467
 def capabilities() -> list[dict]: # Rows `dict(what, found, note)`
     "What this machine offers, and how to get what it lacks."
     cuda = torch.cuda.is_available()
@@ -67,5 +67,5 @@ def capabilities() -> list[dict]: # Rows `dict(what, found, note)`
     rows.append(dict(what="CUDA", found=gpu, note="" if cuda else "everything runs on the CPU, slowly; install a CUDA build of torch where there is an NVIDIA GPU"))
     for name, (extra, what) in EXTRAS.items():
         found = _found(name)
-        rows.append(dict(what=name, found=found, note="" if found != "missing" else f"for {what}: pip install 'spectral-nb[{extra}]'"))
+        rows.append(dict(what=name, found=found, note="" if found != "missing" else f"for {what}, in a clone: pip install '.[{extra}]'"))
     return rows
