@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['log', 'FAST_TYPES', 'GENERATE_REFUSED', 'DECODE_ARGS', 'LOOP_ARGS', 'PREFILL_ARGS', 'LOOPS', 'DENSE_PAST',
            'base_model', 'model_route', 'check_supported', 'check_generate', 'LayerStates', 'FastPathCache', 'storing',
-           'project', 'rotate', 'keep_mask', 'SpectralPatch', 'attend_function', 'prompt_queries', 'received_attention',
+           'project', 'rotate', 'keep_mask', 'SpectralPatch', 'attend_function', 'some_queries', 'received_attention',
            'check_unsloth', 'clone_with', 'decode_forward', 'stand_in', 'patch_unsloth_attention',
            'unpatch_unsloth_attention', 'spectral']
 
-# %% ../nbs/06_integration.ipynb #dad42514
+# %% ../nbs/06_integration.ipynb #4646afb3
 import copy, functools, importlib, inspect, logging, sys, types
 from collections import deque
 from contextlib import contextmanager, nullcontext
@@ -18,10 +18,11 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .attention import attend, causal_mask, dense_attention, padding_of, softmax_attention
+from .attention import attend, causal_mask, dense_attention, output_gram, padding_of, softmax_attention
 from .cache import CompressedStates, SpectralCache, SpectralLayer
 from .codec import SpectralConfig
-from .rope import rope_table
+from .rope import apply_rope, rope_table
+from .spectral import Sample
 
 # %% ../nbs/06_integration.ipynb #2e68fdf0
 log = logging.getLogger("spectral_nb")
@@ -77,7 +78,7 @@ def check_generate(
     if kwargs.get("cache_implementation") not in (None, "dynamic"):
         raise ValueError(f"cache_implementation={kwargs['cache_implementation']!r} asks for another cache than the spectral one; drop it, or call unpatch_unsloth_attention(model)")
 
-# %% ../nbs/06_integration.ipynb #ce8d9d5e
+# %% ../nbs/06_integration.ipynb #1a3f96a6
 class LayerStates:
     "One layer of a `FastPathCache`: looks like a pair of key and value states, holds none."
     def __init__(self, cache, idx): self.cache, self.idx = cache, idx
@@ -87,7 +88,7 @@ class LayerStates:
     def __iter__(self): return iter((self[0], self[1]))
     def __getitem__(self, i):
         layer = self.layer
-        like = (layer.hot_keys, layer.hot_values) if isinstance(layer, SpectralLayer) else (layer.keys, layer.values)
+        like = (layer.landmark_keys, layer.landmark_values) if isinstance(layer, SpectralLayer) else (layer.keys, layer.values)
         return CompressedStates(layer, like[i], layer.get_seq_length())
 
 # %% ../nbs/06_integration.ipynb #bf7c1807
@@ -260,7 +261,7 @@ def rope_rows(self:SpectralPatch,
         self.rows = position_ids, *(torch.cat([o, o], -1)[:, None] * self.table.scaling for o in self.table(p[:, -n:].long()))
     return self.rows[1:]
 
-# %% ../nbs/06_integration.ipynb #c12356c4
+# %% ../nbs/06_integration.ipynb #8a7095df
 @patch
 def attention(self:SpectralPatch,
     attn, # Attention module
@@ -273,7 +274,9 @@ def attention(self:SpectralPatch,
     "Attention of new tokens to a layer, in compressed form; stores the new tokens."
     n, layer, softcap = hidden_states.shape[1], states.layer, getattr(attn, "attn_logit_softcapping", None)
     q, k, v = project(attn, hidden_states, linear)
-    q, k = (rotate(o, *self.rope_rows(position_ids, n)) for o in (q, k))
+    rows = self.rope_rows(position_ids, n)
+    q, k = (rotate(o, *rows) for o in (q, k))
+    self.observe(attn, layer, hidden_states, rows)
     kv, device = layer.get_seq_length() + n, q.device
     if isinstance(layer, SpectralLayer) and self.use_spectral_attention:
         out, received = self.attend(layer, q, k, v, keep_mask(mask, n, kv, device=device), attn.scaling, softcap)
@@ -288,20 +291,37 @@ def attention(self:SpectralPatch,
         out = dense_attention(attn, q, keys, values, None if keep is None else keep[..., -keys.shape[2]:], attn.scaling, softcap)
     return (linear or (lambda m, x: m(x)))(attn.o_proj, out.flatten(2).to(hidden_states.dtype))
 
-# %% ../nbs/06_integration.ipynb #e2e683b3
-def prompt_queries(
+# %% ../nbs/06_integration.ipynb #72f7cbd8
+def some_queries(
     attn, # Attention module
     hidden_states:Tensor, # Input of the attention module `[B, n, hidden]`
-    cos:Tensor, # Of all `n` tokens
-    sin:Tensor,
-    last:int=64, # Tokens
-) -> Tensor: # **post-RoPE** `[B, heads, last, D]`
-    "Queries of a prompt's last tokens."
-    q = attn.q_proj(hidden_states[:, -last:]).unflatten(-1, (-1, attn.head_dim))
+    rows:tuple[Tensor, Tensor], # Cosines and sines of all `n` tokens
+    at:Tensor, # Which tokens `[m]`
+) -> Tensor: # **post-RoPE** `[B, heads, m, D]`
+    "Queries of some tokens of a call."
+    q = attn.q_proj(hidden_states[:, at]).unflatten(-1, (-1, attn.head_dim))
     if hasattr(attn, "q_norm"): q = attn.q_norm(q)
-    return rotate(q.transpose(1, 2), cos[:, :, -last:], sin[:, :, -last:])
+    return rotate(q.transpose(1, 2), *(o[:, :, at] for o in rows))
 
-# %% ../nbs/06_integration.ipynb #cc2e2841
+# %% ../nbs/06_integration.ipynb #9f46ada2
+@patch
+def observe(self:SpectralPatch,
+    attn, # Attention module
+    layer, # Its layer of the cache
+    hidden_states:Tensor, # Input of the attention module `[B, n, hidden]`
+    rows, # Cosines and sines of all `n` tokens
+    most:int=128, # Queries
+):
+    "Show queries of a call's second half to a layer that still has bases to fit."
+    if not getattr(layer, "wants_queries", False): return
+    n, start, old = hidden_states.shape[1], layer.get_seq_length(), layer.sample
+    at = torch.linspace(n // 2, n - 1, min(most, n - n // 2), device=hidden_states.device).long()
+    q = some_queries(attn, hidden_states, rows, at)
+    with storing(), torch.autocast(q.device.type, enabled=False):
+        gram = output_gram(attn, q.shape[1], q.shape[3], q.device) if old is None else old.gram
+        layer.observe(Sample(q.clone(), start + at, gram, attn.scaling, getattr(attn, "attn_logit_softcapping", None)))
+
+# %% ../nbs/06_integration.ipynb #cb28ea3d
 @patch
 def store_prompt(self:SpectralPatch,
     attn, # Attention module
@@ -320,8 +340,9 @@ def store_prompt(self:SpectralPatch,
         if not self.checked: self.check_rope(attn, hidden_states, key_states, rows)
         received = None
         if isinstance(layer, SpectralLayer) and layer.config.use_attention_weighted_svd:
-            q = prompt_queries(attn, hidden_states, *rows)
+            q = some_queries(attn, hidden_states, rows, torch.arange(max(0, n - 64), n, device=hidden_states.device))
             received = received_attention(q, key_states, keep_mask(mask, q.shape[2], n, device=q.device), attn.scaling, getattr(attn, "attn_logit_softcapping", None))
+        self.observe(attn, layer, hidden_states, rows)
     with storing():
         if isinstance(layer, SpectralLayer): layer.append(key_states, value_states, received=received)
         else: layer.update(key_states, value_states)
@@ -660,7 +681,7 @@ def remove(self:SpectralPatch):
     if self.route != "fast" and self.text._attn_implementation == "spectral": self.model.set_attn_implementation(self.implementation)
     self.restore()
 
-# %% ../nbs/06_integration.ipynb #488ce5a3
+# %% ../nbs/06_integration.ipynb #f6066dd8
 def patch_unsloth_attention(
     model, # Loaded by `FastLanguageModel`, `FastModel` or transformers; with LoRA or without
     ratio:float|None=None, # Bytes of a dense 16-bit cache over bytes kept (spectral coding)
@@ -683,6 +704,9 @@ def patch_unsloth_attention(
     kwargs |= dict(ratio=ratio, block_size=block_size, k_rank_keys=k_rank_keys, k_rank_values=k_rank_values, hot_buffer_size=hot_buffer_size,
                    landmark_count=landmark_count, use_attention_weighted_svd=use_attention_weighted_svd)
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    ranks = [k for k in ("block_size", "k_rank_keys", "k_rank_values") if k in kwargs]
+    if ranks and "ratio" in kwargs: raise ValueError(f"ratio is met by spectral coding, {', '.join(ranks)} belong to rank coding: pass one or the other")
+    if ranks or "ratio" in kwargs: kwargs.setdefault("coding", "rank" if ranks else "spectral")
     if spectral_config is not None and kwargs: raise ValueError(f"pass either a SpectralConfig or its fields, got both: {', '.join(kwargs)}")
     if plan not in (None, "A", "B"): raise ValueError(f"plan must be A, B or None, got {plan!r}")
     settings = spectral_config or SpectralConfig(**kwargs), use_spectral_attention, use_triton_kernel, plan, debug_logging, verbose

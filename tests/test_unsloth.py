@@ -44,7 +44,7 @@ from unsloth import FastLanguageModel  # noqa: E402
 
 from spectral_nb.attention import attend  # noqa: E402
 from spectral_nb.cache import SpectralCache, SpectralLayer  # noqa: E402
-from spectral_nb.codec import CODINGS, SpectralConfig  # noqa: E402
+from spectral_nb.codec import SpectralConfig  # noqa: E402
 from spectral_nb.integration import FastPathCache, check_unsloth, patch_unsloth_attention, spectral, unpatch_unsloth_attention  # noqa: E402
 from spectral_nb.needle import answer_matches, make_needles, plant  # noqa: E402
 from spectral_nb.pocket import data_path, haystack  # noqa: E402
@@ -265,7 +265,7 @@ def test_half_precision(dtype):
     with spectral(model, spectral_config=lossless(model)) as patched: got = generate(model, prompt(3), max_new_tokens=8)
     assert patched.decode == [7, 7]
     assert difference(got, stock) < .03
-    assert all(t.dtype == model.dtype for t in (got.past_key_values.layers[0].hot_keys, got.past_key_values.layers[0].hot_values))
+    assert all(t.dtype == model.dtype for t in (got.past_key_values.layers[0].landmark_keys, got.past_key_values.layers[0].get_kv()[0]))
 
 
 def test_lora():
@@ -300,13 +300,25 @@ def test_prompt_queries_are_those_of_the_model(llama):
         out = rope(Q, K, cos, sin, idx)
         seen.append(out[0])
         return out
-    queries = I.prompt_queries
+    queries = I.some_queries
     try:
-        L.fast_rope_embedding, I.prompt_queries = spy, lambda *a, **k: ours.append(queries(*a, **k)) or ours[-1]
+        L.fast_rope_embedding, I.some_queries = spy, lambda *a, **k: ours.append(queries(*a, **k)) or ours[-1]
         with spectral(llama, spectral_config=lossy(use_attention_weighted_svd=True)): generate(llama, prompt(3), max_new_tokens=1)
-    finally: L.fast_rope_embedding, I.prompt_queries = rope, queries
+    finally: L.fast_rope_embedding, I.some_queries = rope, queries
     assert len(ours) == 2
-    for a, b in zip(ours, seen): torch.testing.assert_close(a, b[:, :, -64:], atol=1e-4, rtol=1e-4)
+    for a, b in zip(ours, seen): torch.testing.assert_close(a, b[:, :, -a.shape[2]:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "granite"])
+def test_spectral_coding_is_what_plain_transformers_gives(name):
+    "Bases are fitted to the same queries on all routes: those recomputed here, those that pass through transformers' attention there."
+    config = SpectralConfig(coding="spectral", bits=3, fit_length=144, hot_buffer_size=16)
+    with spectral(loaded(name), spectral_config=config): ours = generate(loaded(name), prompt(3), max_new_tokens=8)
+    with spectral(reference(name), spectral_config=config): plain = generate(reference(name), prompt(3), max_new_tokens=8)
+    dense = generate(reference(name), prompt(3), max_new_tokens=8)
+    layers = [o for o in ours.past_key_values.layers if isinstance(o, SpectralLayer)]
+    assert layers and all(len(o.cold) == 128 for o in layers)
+    assert difference(ours, plain) < .1 * difference(dense, plain)
 
 
 # --- recall of a trained model
@@ -333,7 +345,7 @@ def pocket(kind):
 
 
 CODECS = dict(rank=dict(coding="rank", block_size=128, k_rank_keys=64, k_rank_values=128, hot_buffer_size=32))
-if "spectral" in CODINGS: CODECS["spectral"] = dict(coding="spectral", ratio=4)
+CODECS["spectral"] = dict(ratio=6)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -379,8 +391,10 @@ def test_context_inside_a_patched_model(llama):
 
 
 def test_settings_reach_the_cache(llama):
-    with spectral(llama, coding="rank", block_size=64, k_rank_keys=4, k_rank_values=5, hot_buffer_size=7, landmark_count=2, use_attention_weighted_svd=True) as patched:
+    with spectral(llama, block_size=64, k_rank_keys=4, k_rank_values=5, hot_buffer_size=7, landmark_count=2, use_attention_weighted_svd=True) as patched:
         assert patched.config == SpectralConfig(coding="rank", block_size=64, k_rank_keys=4, k_rank_values=5, hot_buffer_size=7, landmark_count=2, use_attention_weighted_svd=True)
+    with spectral(llama, ratio=5, landmark_count=1) as patched: assert patched.config == SpectralConfig(coding="spectral", ratio=5, landmark_count=1)
+    with pytest.raises(ValueError, match="pass one or the other"): patch_unsloth_attention(llama, ratio=5, k_rank_keys=3)
     with pytest.raises(ValueError, match="either a SpectralConfig or its fields, got both: block_size"): patch_unsloth_attention(llama, block_size=3, spectral_config=lossy())
 
 
@@ -528,7 +542,7 @@ def test_rotary_embedding_that_is_not_the_configs_raises(llama, monkeypatch):
 def test_bug_heads_of_gqa(llama):
     "States are kept at the number of key-value heads, not of query heads."
     with spectral(llama, spectral_config=lossy()): cache = generate(llama, prompt(1)).past_key_values
-    for layer in cache.layers: assert layer.hot_keys.shape[1] == layer.cold.keys.codes.shape[1] == 2
+    for layer in cache.layers: assert layer.landmark_keys.shape[1] == layer.cold.keys.codes.shape[1] == 2
     assert cache.dense_nbytes == 2 * 2 * 2 * 32 * 4 * cache.get_seq_length()
 
 
@@ -582,8 +596,8 @@ def test_bug_cosine_only_rope_in_the_hot_window(llama):
         dense = reference("llama")(ids, use_cache=True).past_key_values
         with spectral(llama, hot_buffer_size=64): ours = llama(input_ids=ids, use_cache=True).past_key_values
     for a, b in zip(ours.layers, dense.layers):
-        torch.testing.assert_close(a.hot_keys, b.keys, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(a.hot_values, b.values, atol=1e-4, rtol=1e-4)
+        assert a.hot_length == 50
+        for ours, theirs in zip(a.get_kv(), (b.keys, b.values)): torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 def test_bug_fp16_qr():
