@@ -63,7 +63,7 @@ class Ledger(list):
         rows = "\n".join(f"| {t} | {n:,} | {100 * n / max(self.nbytes, 1):.1f} % |" for t, n in self.total().items())
         return f"| tier | bytes | share |\n|---|---:|---:|\n{rows}\n| **all** | **{self.nbytes:,}** | |"
 
-# %% ../nbs/03_cache.ipynb #e3bf8639
+# %% ../nbs/03_cache.ipynb #93f49edf
 class HotTier:
     "Recent tokens: keys **post-RoPE** and values, as they are or as int8 with a scale for each token and head."
     def __init__(self,
@@ -103,7 +103,8 @@ class HotTier:
     def to_int8(self,
         scale_dtype:torch.dtype=torch.float16,
     ):
-        "Round to 8 bits, one scale for each token and head."
+        "Round to 8 bits, one scale for each token and head; what is rounded already stays."
+        if self.keys_scale is not None: return
         for n in ("keys", "values"):
             x = getattr(self, n).float()
             scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-6).to(scale_dtype)

@@ -70,10 +70,10 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32 if device == "cpu" else "auto").to(device).eval(), tok
     except Exception as e: raise Quit(f"model {name!r} cannot be used: {(str(e) or type(e).__name__).splitlines()[0]}")
 
-# %% ../nbs/16_cli.ipynb #7e07ed18
+# %% ../nbs/16_cli.ipynb #573a05c3
 @app.command("eval")
 def evaluate_(
-    codec:Annotated[list[str], typer.Option(help="dense, rank:16/32, ...; may be repeated")],
+    codec:Annotated[list[str], typer.Option(help="dense, spectral:8x, kivi:2/2, rank:16/32, ...; may be repeated")],
     model:Annotated[str, typer.Option(help="Folder or hub name of a causal language model, or pocket")]="pocket",
     context:Annotated[int, typer.Option(help="Tokens of each prompt and its question")]=4096,
     trials:Annotated[int, typer.Option(help="Prompts")]=10,
@@ -125,3 +125,6 @@ def info():
 def main():
     "Entry point of `spectral-nb`."
     app()
+
+# %% ../nbs/16_cli.ipynb #48a86eac
+if __name__ == "__main__": main()

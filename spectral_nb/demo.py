@@ -26,8 +26,8 @@ from .needle import answer_ids
 from .pocket import haystack, load_pocket
 from .rope import rope_table, unapply_rope
 
-# %% ../nbs/15_demo.ipynb #0bd4cb1d
-DEMO_SPECS = ("dense", "rank:16/32", "rank:32/64", "rank:64/128")
+# %% ../nbs/15_demo.ipynb #7175198d
+DEMO_SPECS = ("dense", "spectral:8x", "spectral:12x", "hf-int4", "kivi:2/2", "rank:16/32", "rank:32/64", "rank:64/128")
 
 # %% ../nbs/15_demo.ipynb #7d79da30
 @dataclass

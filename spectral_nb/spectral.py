@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GROUP', 'PAGE', 'WIDTHS', 'PLANES', 'DISTORTION', 'STEP', 'STEP_SEARCH', 'planes_of', 'pack', 'unpack', 'Layout',
            'best_step', 'quantize', 'dequantize', 'Spectrum', 'spectrum', 'to_anchor', 'query_at_anchors', 'Sample',
-           'Sensitivity', 'sensitivity', 'Pool', 'allocate', 'Coded', 'deviation', 'Loss', 'Segment', 'SpectralStore']
+           'Sensitivity', 'sensitivity', 'Pool', 'allocate', 'Coded', 'error_of', 'Loss', 'Segment', 'SpectralStore']
 
 # %% ../nbs/02b_spectral.ipynb #9edb24c3
 from dataclasses import dataclass, field
@@ -51,7 +51,7 @@ def unpack(
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None, :] >> shifts[:, None]) & (2 ** width - 1)).flatten(-2)
 
-# %% ../nbs/02b_spectral.ipynb #ffdb9215
+# %% ../nbs/02b_spectral.ipynb #357dc0ca
 @dataclass(frozen=True)
 class Layout:
     "Bits of each group of `GROUP` components, descending, and the planes that follow from them."
@@ -103,7 +103,8 @@ class Layout:
         planes:Tensor, # From `unpack` `[..., columns]`
     ) -> Tensor: # `[..., rank]`
         "Planes put together again."
-        comps, factors = (torch.tensor(o, device=planes.device) for o in self.members())
+        if all(len(planes_of(b)) == 1 for b in self.bits) and sorted(self.bits, key=PLANES.index) == list(self.bits): return planes
+        comps, factors = (torch.tensor(o, device=planes.device, dtype=torch.long) for o in self.members())
         return planes.new_zeros(*planes.shape[:-1], self.rank).index_add(-1, comps, planes * factors)
 
 # %% ../nbs/02b_spectral.ipynb #8d05994a
@@ -253,13 +254,14 @@ class Pool:
     def overhead(self) -> int: # Bits of a component besides its codes: an 8-bit basis row and its scale
         return 8 * len(self.variance) + 16
 
-# %% ../nbs/02b_spectral.ipynb #20eb443f
+# %% ../nbs/02b_spectral.ipynb #9f4de43b
 def allocate(
     pools:list[Pool],
     budget:float, # Bits for everything that the pools hold
-    floor:float=0., # Bits a coefficient that no layer's keys or values get less than (where the budget allows)
+    floor:float=0., # Bits a coefficient that no layer's keys or values get less than; none under a budget of 1 bit a coefficient
 ) -> list[Layout]: # One a pool
     "Widths of all groups by reverse water-filling."
+    if budget < sum(p.rows * p.tokens * len(p.variance) for p in pools): floor = 0. # one group each would take most of it
     d = torch.tensor([DISTORTION[b] for b in WIDTHS], dtype=torch.float64)
     costs, rates, owner = [], [], []
     for i, p in enumerate(pools):
@@ -293,7 +295,7 @@ def allocate(
     widths = torch.tensor(WIDTHS)[pick]
     return [Layout(tuple(b for b in sorted(widths[owner == i].tolist(), reverse=True) if b)) for i in range(len(pools))]
 
-# %% ../nbs/02b_spectral.ipynb #d40a8c86
+# %% ../nbs/02b_spectral.ipynb #fa50b23a
 @dataclass
 class Coded:
     "Packed codes of `n` tokens, and the basis that they refer to."
@@ -352,7 +354,7 @@ class Coded:
     def extend(self,
         x:Tensor, # States of later pages `[B, H, n, D]` float32
         weight:Tensor, # 0 for tokens that do not count
-    ) -> Tensor: # Squared error over squared deviation `[]`
+    ) -> Tensor: # Mean squared error of a token `[]`
         "Code more tokens in the same basis, by least squares."
         if not self.layout.rank:
             codes = x.new_zeros(*x.shape[:3], 0)
@@ -364,21 +366,20 @@ class Coded:
         top = 2 * self.middle()
         codes = codes.round().clamp(min=torch.zeros_like(top), max=top)
         self.codes = torch.cat([self.codes, self.layout.pack(codes.to(torch.uint8))], 2)
-        return deviation(x, self.offset + codes @ self.rows(), weight)
+        return error_of(x, self.offset + codes @ self.rows(), weight)
 
     def tensors(self) -> dict[str, Tensor]:
         "What is kept."
         return dict(codes=self.codes, basis=self.basis, scale=self.scale, offset=self.offset)
 
-# %% ../nbs/02b_spectral.ipynb #03902a97
-def deviation(
+# %% ../nbs/02b_spectral.ipynb #45abc192
+def error_of(
     x:Tensor, # States `[B, H, n, D]`
     coded:Tensor, # What the codes stand for
-    weight:Tensor, # 0 for tokens that do not count
+    weight:Tensor, # 0 for tokens that do not count `[B, H or 1, n, 1]`
 ) -> Tensor: # `[]`
-    "Squared error over squared deviation from the mean."
-    mean = (x * weight).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp_min(1)
-    return ((x - coded).square() * weight).sum() / ((x - mean).square() * weight).sum().clamp_min(1e-30)
+    "Mean squared error of a token that counts."
+    return ((x - coded).square() * weight).sum() / (weight.expand(*x.shape[:3], 1).sum()).clamp_min(1)
 
 # %% ../nbs/02b_spectral.ipynb #93c94cda
 @dataclass
@@ -411,7 +412,7 @@ class Loss:
         "Variance of the unscaled scores that was lost."
         return (at @ self.directions.float().mT[:, :, None]).square().sum(-1) + self.rest * at.square().sum(-1)
 
-# %% ../nbs/02b_spectral.ipynb #9fb65da4
+# %% ../nbs/02b_spectral.ipynb #8280484d
 @dataclass
 class Segment:
     "Pages that share bases."
@@ -419,7 +420,7 @@ class Segment:
     values:Coded
     loss:Loss|None # None where logits are soft-capped
     scaling:float
-    fitted:tuple[float, float] # `deviation` of keys and values where the bases were fitted
+    limits:tuple[float, float] # Error of a token's key and value above which the bases no longer fit
 
     def __len__(self): return self.values.codes.shape[2]
 
@@ -434,7 +435,7 @@ class Segment:
             for n, t in (vars(o).items() if o is not None else ()):
                 if isinstance(t, Tensor): setattr(o, n, f(t))
 
-# %% ../nbs/02b_spectral.ipynb #273280c3
+# %% ../nbs/02b_spectral.ipynb #de4481df
 class SpectralStore:
     "Cold tokens of one layer under spectral coding: segments of pages."
     page = PAGE
@@ -450,7 +451,7 @@ class SpectralStore:
     @property
     def ready(self) -> bool:
         "Whether pages can be coded as they come; otherwise bases have to be fitted first."
-        return bool(self.segments) and not self.drifted
+        return bool(self.segments) and self.drifted < 2 # one odd page is not a change of subject
 
     def measure(self,
         sample:Sample|None, # Queries that stand for those to come; None: plain PCA
@@ -483,7 +484,7 @@ class SpectralStore:
         errors = keys - coded[0].states()
         soft = sample is None or sample.softcap is not None
         self.segments.append(Segment(*coded, None if soft else Loss.fit(errors, weight, s.queries), 1. if sample is None else sample.scaling,
-                                     tuple(deviation(x, c.states(), weight).item() for x, c in zip((keys, values), coded))))
+                                     tuple((self.config.drift * error_of(x, c.states(), weight) + .05 * error_of(x, p.mean, weight)).item() for x, c, p in zip((keys, values), coded, (ks, vs)))))
         self.pools, self.drifted = None, 0
 
     def append(self,
@@ -495,7 +496,7 @@ class SpectralStore:
         last, w = self.segments[-1], (weight[..., None] > 0).float()
         keys = to_anchor(key_states, len(self), self.table)
         errors = last.keys.extend(keys, w), last.values.extend(value_states.float(), w)
-        if any(e > self.config.drift * f + .02 for e, f in zip(errors, last.fitted)): self.drifted += 1
+        self.drifted = self.drifted + 1 if any(e > limit for e, limit in zip(errors, last.limits)) else 0
 
     def key_states(self) -> Tensor: # **post-RoPE** `[B, H, len(self), D]` float32
         "The keys that the codes stand for."

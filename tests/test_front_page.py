@@ -25,7 +25,7 @@ def test_pictures_are_of_the_stored_results():
     import sys
     sys.path.insert(0, str(ROOT / "tools"))
     import pictures
-    assert (ROOT / "nbs/images/codecs.svg").read_text() == pictures.codecs(pictures.load("codecs.json"))
+    assert (ROOT / "nbs/images/codecs.svg").read_text() == pictures.codecs(pictures.load("eval_llama_4096.json"))
     assert (ROOT / "nbs/images/training.svg").read_text() == pictures.training([pictures.load("training_llama.json"), pictures.load("training_qwen3.json")])
 
 

@@ -60,7 +60,7 @@ def load(name): return json.loads((NBS / "results" / name).read_text())
 
 def main():
     (NBS / "images").mkdir(exist_ok=True)
-    (NBS / "images" / "codecs.svg").write_text(codecs(load("codecs.json")))
+    (NBS / "images" / "codecs.svg").write_text(codecs(load("eval_llama_4096.json")))
     (NBS / "images" / "training.svg").write_text(training([load("training_llama.json"), load("training_qwen3.json")]))
 
 

@@ -1,0 +1,166 @@
+"Spectral coding: packed round trips, lossless limits, and attention from codes against attention over rebuilt states."
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectral_nb.attention import attend
+from spectral_nb.cache import SpectralCache, SpectralLayer
+from spectral_nb.codec import SpectralConfig
+from spectral_nb.evaluate import attention_implementation
+from spectral_nb.rope import RopeTable
+from spectral_nb.spectral import GROUP, PLANES, WIDTHS, Layout, Pool, Sample, allocate, pack, planes_of, unpack
+
+settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
+settings.load_profile("ci")
+
+
+@given(st.sampled_from(PLANES), st.integers(1, 6), st.integers(0, 99))
+def test_packing_round_trip(width, groups, seed):
+    codes = torch.randint(0, 2 ** width, (3, 5, groups * GROUP), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    packed = pack(codes, width)
+    assert packed.nbytes == codes.numel() * width // 8
+    assert torch.equal(unpack(packed, width), codes)
+
+
+@given(st.lists(st.sampled_from(WIDTHS[1:]), max_size=8), st.integers(0, 99))
+def test_layout_round_trip(bits, seed):
+    layout, gen = Layout(tuple(sorted(bits, reverse=True))), torch.Generator().manual_seed(seed)
+    codes = torch.cat([torch.randint(0, 2 ** b, (2, 7, GROUP), dtype=torch.uint8, generator=gen) for b in layout.bits] or [torch.zeros(2, 7, 0, dtype=torch.uint8)], -1)
+    packed = layout.pack(codes)
+    assert packed.shape[-1] == layout.nbytes
+    assert torch.equal(layout.combine(layout.unpack(packed)), codes.float())
+
+
+def test_planes_add_up():
+    for b in WIDTHS: assert sum(w for w, _ in planes_of(b)) == b
+
+
+@given(st.integers(1, 4), st.floats(0.3, 6.), st.integers(0, 99))
+def test_allocation_keeps_its_budget(n, bits, seed):
+    gen = torch.Generator().manual_seed(seed)
+    pools = [Pool(torch.rand(64, generator=gen).sort(descending=True).values, float(torch.rand(1, generator=gen)) + 1e-3, 4, 2048) for _ in range(n)]
+    budget = bits * n * 64 * 4 * 2048
+    layouts = allocate(pools, budget)
+    spent = sum(GROUP * p.rows * (sum(l.bits) * p.tokens + len(l.bits) * p.overhead()) for p, l in zip(pools, layouts))
+    assert spent <= budget
+    step = GROUP * 4 * (2 * 2048 + pools[0].overhead())
+    assert spent > budget - step or all(sum(l.bits) == 8 * 64 // GROUP for l in layouts)
+
+
+def filled(B=1, H=2, T=900, D=32, dtype=torch.float32, padding=None, seed=0, sample=True, **kw):
+    "A layer with structured states: few strong directions, slow drift, queries that attend."
+    gen = torch.Generator().manual_seed(seed)
+    table = RopeTable(1e4 ** (-torch.arange(0, D, 2) / D), D)
+    mix = torch.linalg.qr(torch.randn(D, D, generator=gen))[0]
+    kv = (torch.randn(2, B, H, T, D, generator=gen) * torch.logspace(.5, -1, D) @ mix).to(dtype)
+    layer = SpectralLayer(SpectralConfig(**{"coding": "spectral", "bits": 3., **kw}), table, padding=padding)
+    if sample: layer.sample = Sample(torch.randn(B, 2 * H, 64, D, generator=gen), torch.arange(T - 64, T), torch.eye(D).expand(2 * H, D, D), D ** -.5)
+    layer.append(*kv)
+    return layer, *kv
+
+
+@pytest.mark.parametrize("B,padding", [(1, None), (3, [0, 100, 300])])
+@pytest.mark.parametrize("q_len,D", [(1, 32), (5, 64), (1, 128)])
+def test_attention_from_codes(B, padding, q_len, D):
+    "Scores by anchors and values by codes equal those of rebuilt states, apart from the stated correction."
+    layer, keys, values = filled(B, D=D, padding=None if padding is None else torch.tensor(padding))
+    layer.cold.segments[0].loss = None
+    gen = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(B, h, q_len, D, generator=gen) for h in (4, 2, 2))
+    T = keys.shape[2]
+    mask = torch.arange(T + q_len) <= T + torch.arange(q_len)[:, None]
+    mask = mask & (torch.arange(T + q_len) >= layer.padding_per_row()[:, None, None])
+    got, _ = attend(layer, q, k, v, mask[:, None])
+    K, V = (torch.cat([a, b], 2).repeat_interleave(2, 1) for a, b in zip(layer.get_kv(), (k, v)))
+    p = torch.softmax((q @ K.mT * D ** -.5).masked_fill(~mask[:, None], -1e30), -1)
+    torch.testing.assert_close(got, (p @ V).transpose(1, 2), atol=3e-4, rtol=3e-3)
+
+
+def test_more_bits_less_error():
+    errors = []
+    for bits in (1., 2., 4., 7.9):
+        layer, keys, values = filled(bits=bits)
+        errors.append(((layer.get_kv()[1] - values).norm() / values.norm()).item())
+    assert all(a > b for a, b in zip(errors, errors[1:])) and errors[-1] < .02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_codes_are_what_is_held(dtype):
+    layer, keys, _ = filled(dtype=dtype)
+    kinds = {n: t.dtype for (tier, n), t in layer.tensors().items() if tier == "cold"}
+    assert kinds["keys_codes"] == kinds["values_codes"] == torch.uint8 and kinds["keys_basis"] == torch.int8
+    seg = layer.cold.segments[0]
+    assert seg.keys.codes.nbytes == 2 * len(seg) * seg.keys.layout.nbytes
+    assert layer.hot.keys.dtype == torch.int8
+    assert layer.get_kv()[0].dtype == dtype
+
+
+def test_streaming_pages_share_the_basis():
+    layer, keys, values = filled(T=900)
+    n, basis = len(layer.cold), layer.cold.segments[0].keys.basis
+    gen = torch.Generator().manual_seed(0)
+    for _ in range(300): layer.append(keys[:, :, 100:101], values[:, :, 100:101])
+    assert len(layer.cold) > n and len(layer.cold.segments) == 1 and layer.cold.segments[0].keys.basis is basis
+    assert layer.hot_length < 64 + 128
+
+
+def test_a_change_of_subject_fits_new_bases():
+    layer, keys, values = filled(T=900)
+    gen = torch.Generator().manual_seed(5)
+    other = 3 * torch.randn(2, 1, 2, 900, 32, generator=gen) * torch.logspace(-1, .5, 32)
+    for i in range(0, 900, 60): layer.append(other[0, :, :, i:i + 60], other[1, :, :, i:i + 60])
+    assert len(layer.cold.segments) == 2
+    got = layer.get_kv()[1][:, :, -300:-200]
+    assert (got - other[1, :, :, -300:-200]).norm() < .5 * other[1, :, :, -300:-200].norm()
+
+
+def test_splits_crop_and_rows():
+    layer, keys, values = filled(B=2)
+    before = layer.get_kv()
+    layer.reorder_cache(torch.tensor([1, 1, 0]))
+    assert torch.equal(layer.get_kv()[0], before[0][[1, 1, 0]])
+    layer.crop(-500)
+    assert layer.get_seq_length() == 400
+    torch.testing.assert_close(layer.get_kv()[0], before[0][[1, 1, 0], :, :400], atol=5e-2, rtol=5e-2)
+
+
+def test_short_prompts_stay_exact_and_say_so():
+    layer, keys, _ = filled(T=300)
+    assert len(layer.cold) == 0 and torch.equal(layer.get_kv()[0], keys)
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    from spectral_nb.pocket import haystack, load_pocket
+    model, tok = load_pocket()
+    return model, tok(haystack("tune")[0], return_tensors="pt").input_ids
+
+
+@pytest.mark.parametrize("ratio", [6, 10])
+def test_ratio_is_met(pocket, ratio):
+    model, ids = pocket
+    cache = SpectralCache(model.config, SpectralConfig(coding="spectral", ratio=float(ratio), exact_dtype="float16"))
+    with torch.no_grad(), attention_implementation(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(ids[:, :2000], past_key_values=cache)
+    assert abs(cache.ratio / ratio - 1) < .03
+    assert cache.nbytes == sum(r["nbytes"] for r in cache.ledger())
+
+
+def test_unreachable_ratio_is_said(pocket):
+    model, ids = pocket
+    cache = SpectralCache(model.config, SpectralConfig(coding="spectral", ratio=30., exact_dtype="float16"))
+    with torch.no_grad(), attention_implementation(model), pytest.warns(UserWarning, match="cannot be met with 700 tokens; the nearest is"):
+        model(ids[:, :700], past_key_values=cache)
+
+
+def test_pocket_recalls_at_8x(pocket):
+    from spectral_nb.evaluate import evaluate, summarize
+    from spectral_nb.pocket import haystack, load_pocket
+    model, tok = load_pocket()
+    rows = {r["codec"]: r for r in summarize(evaluate(model, tok, ["spectral:8x", "rank:16/32"], haystack("report"), 2048, trials=1, codes=5, continuation=64, progress=False), 2048)}
+    assert rows["spectral:8x"]["recall"] == 1 and rows["rank:16/32"]["recall"] < 1
+    assert rows["spectral:8x"]["ratio"] > 2 * rows["rank:16/32"]["ratio"]
