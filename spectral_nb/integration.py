@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'FAST_TYPES', 'GENERATE_REFUSED', 'DECODE_ARGS', 'LOOP_ARGS', 'PREFILL_ARGS', 'LOOPS', 'DENSE_PAST',
            'base_model', 'model_route', 'check_supported', 'check_generate', 'LayerStates', 'FastPathCache', 'storing',
-           'project', 'rotate', 'keep_mask', 'SpectralPatch', 'attend_function', 'some_queries', 'received_attention',
-           'check_unsloth', 'clone_with', 'decode_forward', 'stand_in', 'patch_unsloth_attention',
+           'project', 'rotate', 'keep_mask', 'SpectralPatch', 'known_layer_weights', 'attend_function', 'some_queries',
+           'received_attention', 'check_unsloth', 'clone_with', 'decode_forward', 'stand_in', 'patch_unsloth_attention',
            'unpatch_unsloth_attention', 'spectral']
 
-# %% ../nbs/06_integration.ipynb #4646afb3
-import copy, functools, importlib, inspect, logging, sys, types
+# %% ../nbs/06_integration.ipynb #3bd1773c
+import copy, functools, importlib, inspect, json, logging, types
 from collections import deque
 from contextlib import contextmanager, nullcontext
 
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .attention import attend, causal_mask, dense_attention, output_gram, padding_of, softmax_attention
+from . import calibrate
 from .cache import CompressedStates, SpectralCache, SpectralLayer
 from .codec import SpectralConfig
 from .rope import apply_rope, rope_table
@@ -165,7 +166,7 @@ def keep_mask(
     mask = mask[..., -n:, -kv:].bool()
     return mask if own is None else mask & own
 
-# %% ../nbs/06_integration.ipynb #83b9d002
+# %% ../nbs/06_integration.ipynb #e0f12d08
 class SpectralPatch:
     "What `patch_unsloth_attention` put into one model."
     def __init__(self,
@@ -180,7 +181,7 @@ class SpectralPatch:
         self.model, self.saved, self.given, self.filling, self.rows = model, [], None, None, None
         self.text, self.route = model.config.get_text_config(decoder=True), model_route(model)
         self.table, self.checked, self.forwards, self.report = rope_table(self.text), False, 0, None
-        self.watching, self.last, self.plan, self.linear = False, None, None, None
+        self.watching, self.last, self.plan, self.linear, self.layer_weights = False, None, None, None, None
         n = self.text.num_hidden_layers
         self.prefill, self.decode, self.trace = [0] * n, [0] * n, deque(maxlen=4096)
         self.configure(config, use_spectral_attention, use_triton_kernel, plan, debug_logging, verbose)
@@ -202,7 +203,8 @@ class SpectralPatch:
 
     def new_cache(self) -> SpectralCache:
         "An empty cache, or the one that was given to `generate`."
-        cache, self.given = self.given or SpectralCache(self.model.config, self.config), None
+        cache, self.given = self.given, None
+        if cache is None: cache = SpectralCache(self.model.config, self.config, layer_weights=self.layer_weights if self.config.coding == "spectral" else None)
         return cache
 
     def set(self, obj, name, value):
@@ -219,7 +221,15 @@ class SpectralPatch:
 
     def __repr__(self): return f"SpectralPatch({self.route}{' plan ' + self.plan if self.route == 'fast' else ''}, prefill {self.prefill}, decode {self.decode})"
 
-# %% ../nbs/06_integration.ipynb #fe9ef436
+# %% ../nbs/06_integration.ipynb #1f74afb5
+def known_layer_weights(
+    model, # A causal language model
+) -> list[tuple[float, float]]|None: # For `SpectralCache(..., layer_weights=...)`
+    "Layer weights that have been measured for this model, or None."
+    path = calibrate.weights_path(model)
+    return [tuple(w) for w in json.loads(path.read_text())["weights"]] if path.is_file() else None
+
+# %% ../nbs/06_integration.ipynb #b063ce2c
 def attend_function(
     use_triton_kernel:bool,
     say=log.info, # Called with a sentence about the choice
@@ -227,7 +237,7 @@ def attend_function(
     "The function that attends to the compressed cache."
     if not use_triton_kernel: return attend
     try: kernel = getattr(importlib.import_module("spectral_nb.kernels"), "attend", None)
-    except ImportError as e: kernel = None
+    except ImportError: kernel = None
     if kernel is None:
         log.warning("use_triton_kernel=True, but this installation has no Triton kernel: attention falls back to PyTorch (same results, slower)")
         return attend
@@ -681,7 +691,7 @@ def remove(self:SpectralPatch):
     if self.route != "fast" and self.text._attn_implementation == "spectral": self.model.set_attn_implementation(self.implementation)
     self.restore()
 
-# %% ../nbs/06_integration.ipynb #f6066dd8
+# %% ../nbs/06_integration.ipynb #a75b9004
 def patch_unsloth_attention(
     model, # Loaded by `FastLanguageModel`, `FastModel` or transformers; with LoRA or without
     ratio:float|None=None, # Bytes of a dense 16-bit cache over bytes kept (spectral coding)
@@ -697,6 +707,7 @@ def patch_unsloth_attention(
     verbose:bool=False, # Print what was patched, and a line after each `generate`
     plan:str|None=None, # "A" or "B", to choose by hand (fast route)
     spectral_config:SpectralConfig|None=None, # All settings at once
+    layer_weights:list[tuple[float, float]]|None=None, # What errors of each layer cost (spectral coding); default: what was measured for this model, if it was
     **kwargs, # Further fields of `SpectralConfig`
 ) -> SpectralPatch: # Counters, settings and trace
     "Compress keys and values of every `generate` and `forward` of this model from now on."
@@ -711,20 +722,24 @@ def patch_unsloth_attention(
     if plan not in (None, "A", "B"): raise ValueError(f"plan must be A, B or None, got {plan!r}")
     settings = spectral_config or SpectralConfig(**kwargs), use_spectral_attention, use_triton_kernel, plan, debug_logging, verbose
     check_supported(base)
+    if layer_weights is None and settings[0].coding == "spectral": layer_weights = known_layer_weights(base)
     old = base.__dict__.get("_spectral_patch")
     if old is not None:
         if (old.use_spectral_attention, old.wanted_plan) == (use_spectral_attention, plan):
             old.configure(*settings)
+            old.layer_weights = layer_weights
             return old
         old.remove()
-    SpectralCache(base.config, settings[0]) # warns where nothing can be compressed
     new = SpectralPatch(base, *settings)
+    new.layer_weights = layer_weights
+    new.new_cache() # warns where nothing can be compressed
     try: new.install()
     except BaseException:
         new.restore()
         if old is not None: old.install()
         raise
-    new.say(f"{type(base).__name__}: route {new.route}" + (f", plan {new.plan}" if new.plan else "") + f", {len(new.prefill)} layers, {new.config}")
+    new.say(f"{type(base).__name__}: route {new.route}" + (f", plan {new.plan}" if new.plan else "") + f", {len(new.prefill)} layers, {new.config}"
+            + ("" if layer_weights or new.config.coding != "spectral" else "; layer weights were not measured (spectral_nb.calibrate.layer_weights), every layer gets the same share"))
     return new
 
 # %% ../nbs/06_integration.ipynb #4dc690b6
@@ -734,7 +749,7 @@ def unpatch_unsloth_attention(
     "Take everything back; a model that is not patched stays as it is."
     if (old := base_model(model).__dict__.get("_spectral_patch")) is not None: old.remove()
 
-# %% ../nbs/06_integration.ipynb #c43c64cf
+# %% ../nbs/06_integration.ipynb #6b8066df
 @contextmanager
 def spectral(
     model, # As in `patch_unsloth_attention`
@@ -744,7 +759,7 @@ def spectral(
     "A patched model while the context lasts; before and after it is what it was."
     base = base_model(model)
     outer = base.__dict__.get("_spectral_patch")
-    settings = outer.settings() if outer else None
+    settings, weights = (outer.settings(), outer.layer_weights) if outer else (None, None)
     new = patch_unsloth_attention(model, ratio, **kwargs)
     try: yield new
     finally:
@@ -752,4 +767,5 @@ def spectral(
         else:
             new.remove()
             outer.configure(*settings)
+            outer.layer_weights = weights
             outer.install()
