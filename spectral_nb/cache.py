@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CompressedStates', 'Ledger', 'HotTier', 'SpectralLayer', 'fixed_nbytes', 'fit_layers', 'SpectralCache']
 
-# %% ../nbs/03_cache.ipynb #a88f18df
+# %% ../nbs/03_cache.ipynb #9be1d57a
 import warnings
 from collections import defaultdict
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from . import peers  # registers its stores
-from .codec import EXACT_DTYPES, STORES, SpectralBlock, SpectralConfig
+from .codec import EXACT_DTYPES, STORES, SpectralConfig
 from .rope import RopeTable, rope_table
-from .spectral import Sample, SpectralStore, allocate
+from .spectral import Sample, allocate
 
 # %% ../nbs/03_cache.ipynb #7b83970b
 class CompressedStates(torch.Tensor):
@@ -336,10 +336,12 @@ def get_all_positions(self:SpectralLayer) -> Tensor: # `[B, n]` position ids, ne
     offset = -self.padding_per_row() if self.position_offset is None else self.position_offset.to(self.device)
     return torch.arange(self.get_seq_length(), device=self.device) + offset.expand(len(self.landmark_slots))[:, None]
 
-# %% ../nbs/03_cache.ipynb #427e28ae
+# %% ../nbs/03_cache.ipynb #c9a0cf5c
 @patch
-def get_spectral_components(self:SpectralLayer) -> list[SpectralBlock]:
-    "The cold blocks, oldest first."
+def get_spectral_components(self:SpectralLayer) -> list: # `SpectralBlock`s under rank coding, `Segment`s under spectral coding
+    "What the cold tier is made of, oldest first."
+    if self.config.coding == "spectral": return list(self.cold.segments)
+    if self.config.coding != "rank": raise ValueError(f"coding {self.config.coding!r} has no spectral components")
     return [self.cold.block(i) for i in range(len(self.cold) // self.cold.page)]
 
 # %% ../nbs/03_cache.ipynb #3b59db73
@@ -428,7 +430,7 @@ def dense_nbytes(self:SpectralLayer) -> int: # Bytes
     if not self.is_initialized: return 0
     return self.get_seq_length() * sum(t.shape[0] * t.shape[1] * t.shape[3] * t.element_size() for t in (self.landmark_keys, self.landmark_values))
 
-# %% ../nbs/03_cache.ipynb #635eb0eb
+# %% ../nbs/03_cache.ipynb #8f8c936b
 @patch
 @torch.no_grad()
 def observe(self:SpectralLayer,
@@ -438,8 +440,8 @@ def observe(self:SpectralLayer,
     "Remember queries until bases have been fitted."
     if self.cold.ready or sample is None: return
     if self.sample is not None and self.sample.queries.shape[0] == sample.queries.shape[0]:
-        for n, dim in (("queries", 2), ("slots", 0)): setattr(sample, n, torch.cat([getattr(self.sample, n), getattr(sample, n)], dim).narrow(
-            dim, max(0, getattr(self.sample, n).shape[dim] + getattr(sample, n).shape[dim] - most), min(most, getattr(self.sample, n).shape[dim] + getattr(sample, n).shape[dim])))
+        sample.queries = torch.cat([self.sample.queries, sample.queries], 2)[:, :, -most:]
+        sample.slots = torch.cat([self.sample.slots, sample.slots])[-most:]
     self.sample = sample
 
 # %% ../nbs/03_cache.ipynb #0948182a
