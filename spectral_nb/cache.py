@@ -119,7 +119,7 @@ class HotTier:
         "Apply `f` to every tensor."
         for n, t in self.tensors().items(): setattr(self, n, f(t))
 
-# %% ../nbs/03_cache.ipynb #8622db95
+# %% ../nbs/03_cache.ipynb #a802413d
 class SpectralLayer(CacheLayerMixin):
     "Keys and values of one layer: landmarks and hot tokens exact, cold tokens in a spectral basis."
     is_sliding = False
@@ -133,12 +133,14 @@ class SpectralLayer(CacheLayerMixin):
         on_full=None, # Called with this layer when it could fit bases; default: fit them by itself
     ):
         super().__init__()
-        self.config, self.table, self.compressed_attention, self.padding = config, table, compressed_attention, padding
+        self.config, self.table, self.compressed_attention = config, table, compressed_attention
         self.on_full = on_full or (lambda layer: fit_layers([layer]))
         self.reset()
+        self.padding = padding
 
     def reset(self):
-        "Forget all tokens."
+        "Forget all tokens, and the padding that was theirs."
+        self.padding = None
         self.hot = self.landmark_keys = self.landmark_values = self.landmark_slots = None
         self.importance = self.pending = self.position_offset = self.sample = None
         self.cold = STORES[self.config.coding](self.config, self.table)
@@ -212,7 +214,7 @@ def checked(self:SpectralLayer,
                          "call reset() before another prompt")
     return key_states, value_states
 
-# %% ../nbs/03_cache.ipynb #0089eb05
+# %% ../nbs/03_cache.ipynb #cfc93f56
 @patch
 @torch.no_grad()
 def append(self:SpectralLayer,
@@ -230,8 +232,8 @@ def append(self:SpectralLayer,
     key_states, value_states = self.checked(key_states, value_states)
     if not self.is_initialized: self.lazy_initialization(key_states, value_states)
     over = max(0, self.hot_length + n - self.config.hot_buffer_size) // self.cold.page * self.cold.page
-    if over and not all(torch.isfinite(s).all() for s in (key_states, value_states)):
-        raise ValueError(f"key or value states after token {self.get_seq_length()} are not finite and cannot be compressed. "
+    if over and not all(torch.isfinite(s).all() for s in (*self.hot.states(0, over), key_states, value_states)):
+        raise ValueError(f"key or value states from token {len(self.cold)} on are not finite and cannot be compressed. "
                          "Check the model's dtype (float16 overflows in some models: load it in bfloat16 or float32)")
     self.pending = None
     self.hot.append(key_states, value_states)

@@ -70,6 +70,19 @@ def test_fresh_prompt_after_reset(model):
     assert torch.equal(torch.stack(again.logits), torch.stack(new.logits))
 
 
+def test_padding_of_an_earlier_prompt_is_forgotten():
+    "After a reset, tokens where the last prompt was padded count like any others."
+    model = tiny_model("llama")
+    model.set_attn_implementation("spectral")
+    used, fresh = (SpectralCache(model.config, block_size=32, k_rank_keys=8, k_rank_values=8) for _ in range(2))
+    with torch.no_grad():
+        model(**prompt(3), past_key_values=used)
+        used.reset()
+        for cache in (used, fresh): model(prompt(3, padding=())["input_ids"], past_key_values=cache)
+    for a, b in zip(used.spectral_layers[0].get_kv(), fresh.spectral_layers[0].get_kv()): assert torch.equal(a, b)
+    model.set_attn_implementation("eager")
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_chunked_prefill_equals_whole(model, batch):
     inputs = prompt(batch)

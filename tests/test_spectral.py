@@ -107,6 +107,14 @@ def test_streaming_pages_share_the_basis():
     assert layer.hot_length < 64 + 128
 
 
+def test_a_bad_token_is_noticed_before_it_is_coded():
+    "A NaN that came alone, while nothing was coded, stops the page that would hold it."
+    layer, keys, values = filled(T=900)
+    layer.append(torch.full_like(keys[:, :, :1], torch.nan), values[:, :, :1])
+    with pytest.raises(ValueError, match="not finite"):
+        for _ in range(300): layer.append(keys[:, :, 100:101], values[:, :, 100:101])
+
+
 def test_a_change_of_subject_fits_new_bases():
     layer, keys, values = filled(T=900)
     gen = torch.Generator().manual_seed(5)
