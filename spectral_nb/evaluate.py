@@ -49,14 +49,14 @@ def parse_spec(
         if m := re.fullmatch(pattern, spec): return SpectralConfig(**{**kwargs, **make(*m.groups())})
     raise ValueError(f"unknown codec {spec!r}; known: dense, {', '.join(e for e, _ in SPECS.values())}")
 
-# %% ../nbs/11_evaluate.ipynb #c3dd9eb7
+# %% ../nbs/11_evaluate.ipynb #95b052f8
 def new_cache(
-    spec:str, # Name of a codec
+    spec:str|SpectralConfig, # Name of a codec, or its settings
     model, # A causal language model
     **kwargs, # Further fields of `SpectralConfig`
 ) -> Cache:
     "An empty cache of this codec for this model; exact tokens are stored in 16 bits, as the dense cache they are compared with."
-    config = parse_spec(spec, **{"exact_dtype": "bfloat16" if model.dtype == torch.bfloat16 else "float16", **kwargs})
+    config = spec if isinstance(spec, SpectralConfig) else parse_spec(spec, **{"exact_dtype": "bfloat16" if model.dtype == torch.bfloat16 else "float16", **kwargs})
     return DynamicCache(config=model.config) if config is None else spectral_cache(model, config)
 
 # %% ../nbs/11_evaluate.ipynb #8f824fce
