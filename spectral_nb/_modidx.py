@@ -368,6 +368,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'spectral_nb/integration.py'),
                                          'spectral_nb.integration.SpectralPatch.settings': ( 'integration.html#spectralpatch.settings',
                                                                                              'spectral_nb/integration.py'),
+                                         'spectral_nb.integration.SpectralPatch.spare_mask': ( 'integration.html#spectralpatch.spare_mask',
+                                                                                               'spectral_nb/integration.py'),
                                          'spectral_nb.integration.SpectralPatch.store_prompt': ( 'integration.html#spectralpatch.store_prompt',
                                                                                                  'spectral_nb/integration.py'),
                                          'spectral_nb.integration._attention_hook': ( 'integration.html#_attention_hook',

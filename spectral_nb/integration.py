@@ -506,7 +506,7 @@ def call(self:SpectralPatch,
             raise RuntimeError(f"attention of layer {i} ran {self.prefill[i] + self.decode[i] - reached[i]} times in one call of the model, expected once")
     return out
 
-# %% ../nbs/06_integration.ipynb #152e6f31
+# %% ../nbs/06_integration.ipynb #6f25c48c
 def _fast_forward(self, *args, **kwargs):
     "Stands for `forward` of a model on Unsloth's fast path."
     patched, stock = self._spectral
@@ -530,6 +530,7 @@ def _fast_forward(self, *args, **kwargs):
     patched.default_positions = torch.arange(held, held + n, device=device)[None]
     if not held:
         patched.set_padding(cache, mask)
+        patched.spare_mask(kwargs, n)
         kwargs["past_key_values"], patched.filling, run = None, cache, lambda: stock(**kwargs)
     else:
         if positions is None: kwargs["position_ids"] = patched.continued_positions(mask, B, n)
@@ -541,6 +542,14 @@ def _fast_forward(self, *args, **kwargs):
     finally: patched.filling = patched.rows = patched.default_positions = None
     out.past_key_values = cache
     return out.to_tuple() if as_tuple else out
+
+# %% ../nbs/06_integration.ipynb #f5b536a1
+@patch
+def spare_mask(self:SpectralPatch, kwargs:dict, n:int):
+    "Keep Mistral's forward from making a mask that the prompt does not need."
+    window = getattr(self.text, "sliding_window", None)
+    if self.text.model_type != "mistral" or kwargs.get("causal_mask") is not None or isinstance(window, int) and 0 < window < n: return
+    if not getattr(importlib.import_module("unsloth.models.mistral"), "HAS_XFORMERS", False): kwargs["causal_mask"] = False
 
 # %% ../nbs/06_integration.ipynb #b9188a68
 @patch

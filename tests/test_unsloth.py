@@ -136,6 +136,19 @@ def test_guard_shim_runs_the_gpu_code():
     assert loaded("llama").generate.__name__ == "unsloth_fast_generate"
 
 
+@pytest.mark.parametrize("name, length, padding, dense", [("mistral", 60, 0, False), ("mistral", 60, 9, True), ("mistral_window", 20, 0, False), ("mistral_window", 60, 0, True)])
+def test_prompt_without_padding_needs_no_mask(name, length, padding, dense, monkeypatch):
+    "Stock Mistral makes a mask of prompt length squared for every prompt; a patched one only where rows are padded or a window ends inside the prompt."
+    import unsloth.models.mistral as M
+    model, run, seen = loaded(name), M.run_attention, []
+    monkeypatch.setattr(M, "run_attention", lambda **kw: seen.append(kw["context"].attention_mask) or run(**kw))
+    inputs = prompt(2, length, padding=(0, padding))
+    generate(model, inputs, max_new_tokens=2)
+    assert all(m.shape[-2:] == (length, length) for m in seen) and len(seen) == 2
+    with spectral(model, spectral_config=lossless(model)): generate(model, inputs, max_new_tokens=2)
+    assert [m is not None for m in seen[2:]] == [dense] * 2
+
+
 def test_importing_changes_nothing():
     assert AFTER == BEFORE
 
