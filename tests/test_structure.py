@@ -53,3 +53,12 @@ def test_one_address():
         text = "\n".join("".join(c["source"]) for c in json.loads(nb.read_text())["cells"])
         for found in re.findall(r"colab\.research\.google\.com/github/([^/]+/[^/]+)/", text): assert found == slug, nb
         for found in re.findall(r"github\.com/([\w.-]+/spectral[\w-]*)", text): assert found == slug, nb
+
+
+def test_every_notebook_opens_in_colab():
+    "The badge names the notebook itself, and a cell installs the package there."
+    for nb in [ROOT / "index.ipynb", *(ROOT / "nbs").rglob("[!.]*.ipynb")]:
+        cells = ["".join(c["source"]) for c in json.loads(nb.read_text())["cells"]]
+        path = nb.relative_to(ROOT).as_posix()
+        assert f"/blob/main/{path})" in "\n".join(cells[:2]), f"{path}: no Open-in-Colab badge under the title"
+        assert "google.colab" in "".join(cells) and any("pip install" in c and "spectral-nb/spectral-nb" in c for c in cells), f"{path}: no cell that installs the package in Colab (copy that of nbs/00_rsvd.ipynb)"
