@@ -6,7 +6,7 @@
 __all__ = ['OKABE_ITO', 'LAYOUT', 'Verdict', 'CachedRun', 'AttentionCall', 'record_attention', 'slot_scores', 'attention_probs',
            'AttentionMaps', 'attention_maps', 'cache_spectra', 'spectrum_of', 'Step', 'Cause', 'find_loop',
            'DivergenceLog', 'Pass', 'read_steps', 'judge_divergence', 'token_ids', 'log_ground_truth',
-           'divergence_figure']
+           'divergence_figure', 'seeded', 'sampled', 'DeterminismReport', 'check_determinism']
 
 # %% ../nbs/07_diagnostics.ipynb #dbc07c12
 import copy
@@ -45,7 +45,7 @@ class Verdict:
     def __bool__(self): return self.status == "ok"
     def _repr_markdown_(self): return f"**{self.status}**: {self.why}"
 
-# %% ../nbs/07_diagnostics.ipynb #187af62a
+# %% ../nbs/07_diagnostics.ipynb #cfe649f5
 class CachedRun:
     "A model that reads one sequence through one cache, while the context lasts."
     def __init__(self,
@@ -54,7 +54,7 @@ class CachedRun:
     ):
         base = base_model(model)
         if "_spectral_patch" in base.__dict__: raise ValueError("this model is patched, and a report makes its own dense and compressed runs: call unpatch_unsloth_attention(model) first")
-        self.model, self.codec, self.route, self.cache = model, codec, model_route(base), None
+        self.model, self.codec, self.route, self.cache, self.length = model, codec, model_route(base), None, 0 # length: tokens read, whatever a cache may say
 
     def __enter__(self):
         if self.route == "transformers":
@@ -68,12 +68,6 @@ class CachedRun:
 
     def __exit__(self, *exc): return self.context.__exit__(*exc)
 
-    @property
-    def length(self) -> int: # Tokens
-        "Tokens read so far."
-        if self.cache is None: return 0
-        return self.cache.get_seq_length() if hasattr(self.cache, "get_seq_length") else self.cache[0][0].shape[2]
-
     @torch.no_grad()
     def __call__(self,
         ids, # Tokens to read next
@@ -83,7 +77,7 @@ class CachedRun:
         ids = torch.as_tensor(ids, device=self.model.device).reshape(1, -1)
         at = torch.arange(self.length, self.length + ids.shape[1], device=ids.device)[None]
         out = self.model(input_ids=ids, past_key_values=self.cache, position_ids=at, use_cache=True)
-        self.cache = out.past_key_values
+        self.cache, self.length = out.past_key_values, self.length + ids.shape[1]
         return out.logits[0, -keep:].float()
 
 # %% ../nbs/07_diagnostics.ipynb #75c9d996
@@ -303,7 +297,7 @@ class DivergenceLog:
         return "\n".join([self.verdict._repr_markdown_(), "", "| run | continuation |", "|---|---|", f"| dense | {cell(self.dense)} |", f"| {self.codec} | {cell(self.free)} |", "",
                           f"{self.kl:.4f} nats a token over {len(self.steps)} forced steps, ratio {self.ratio:.2f}." + (f" {self.cause.text}" if self.cause else "")])
 
-# %% ../nbs/07_diagnostics.ipynb #45f53405
+# %% ../nbs/07_diagnostics.ipynb #660f4167
 @dataclass
 class Pass:
     "What one run did, step by step."
@@ -334,10 +328,11 @@ def read_steps(
             out.queries.append({k: AttentionCall(c.query.cpu(), c.output[-1:].cpu(), c.scaling, c.softcap) for k, c in calls.items()})
             if branch is not None and branch(i, logits): out.branch = i, copy.deepcopy(run.cache)
             out.tokens.append(logits.argmax().item() if forced is None else forced[i])
+            if logits.isnan().any(): break # no token follows from these
     out.logits, out.cache = torch.stack(rows), run.cache
     return out
 
-# %% ../nbs/07_diagnostics.ipynb #e58c50d9
+# %% ../nbs/07_diagnostics.ipynb #bff4eaf1
 def _top(log_probs:Tensor, k:int):
     p, i = log_probs.exp().topk(k)
     return list(zip(i.tolist(), p.tolist()))
@@ -346,14 +341,14 @@ def _steps(dense:Pass, compressed:Pass, top_k:int) -> list[Step]:
     "Compare two passes over the same tokens."
     p, q, out = torch.log_softmax(dense.logits, -1), torch.log_softmax(compressed.logits, -1), []
     layers = sorted(set(dense.outputs[0]) | set(compressed.outputs[0]))
-    for i, token in enumerate(dense.tokens):
+    for i, token in enumerate(compressed.tokens): # fewer than dense ones where logits are no numbers
         a, b = dense.outputs[i], compressed.outputs[i]
         errors = [((b[l] - a[l]).norm() / a[l].norm().clamp_min(1e-30)).item() if l in a and l in b else None for l in layers]
-        entropy = tuple(-(o.exp() * o).nansum().item() for o in (p[i], q[i]))
+        entropy = tuple(-torch.where(o > -torch.inf, o.exp() * o, 0.).sum().item() for o in (p[i], q[i]))
         out.append(Step(token, kl_divergence(dense.logits[i], compressed.logits[i]).item(), (q[i] > q[i][token]).sum().item(), entropy, _top(p[i], top_k), _top(q[i], top_k), errors))
     return out
 
-# %% ../nbs/07_diagnostics.ipynb #714a47e3
+# %% ../nbs/07_diagnostics.ipynb #8a078f82
 def _cause(step:int, steps:list[Step], dense:Pass, compressed_cache, calls:dict, piece) -> Cause:
     "Compare the attention of one step; `compressed_cache` holds the tokens before and at it."
     s, slots = steps[step], None
@@ -374,11 +369,11 @@ def _cause(step:int, steps:list[Step], dense:Pass, compressed_cache, calls:dict,
     (d, dp), (c, cp) = s.dense_top[0], s.compressed_top[0]
     text = f"Step {step}: dense says {piece(d)!r} ({dp:.2f}), compressed {piece(c)!r} ({cp:.2f}), {s.kl:.3f} nats apart"
     if margin < 1.2: text += "; the dense model was undecided"
-    if layer is not None: text += f"; the attention output is furthest off in layer {layer} ({100 * s.layer_errors[layer]:.0f} %), and {100 * s.layer_errors[0]:.0f} % in layer 0"
+    if layer is not None: text += f"; the attention output is furthest off in layer {layer} ({100 * s.layer_errors[layer]:.0f} %)" + (f", and {100 * s.layer_errors[0]:.0f} % in layer 0" if layer and s.layer_errors[0] is not None else "")
     if worst[1] is not None: text += f"; in layer {worst[2]}, head {worst[3]}, token {worst[1]} lost {100 * worst[0]:.0f} % of all attention"
     return Cause(step, float(np.log(max(margin, 1e-30))), layer, moved, worst[1], worst[0] if worst[1] is not None else None, text + ".")
 
-# %% ../nbs/07_diagnostics.ipynb #518e3519
+# %% ../nbs/07_diagnostics.ipynb #9d195b7b
 def judge_divergence(
     steps:list[Step],
     dense:list[int],
@@ -390,6 +385,7 @@ def judge_divergence(
 ) -> Verdict:
     "What a log shows; nothing where the dense model fails by itself."
     kl = sum(s.kl for s in steps) / len(steps)
+    if any(np.isnan(s.entropy[0]) for s in steps): return Verdict("inconclusive", "the dense model's own logits are not finite")
     if expected is not None and dense[:len(expected)] != expected: return Verdict("inconclusive", "the dense model does not give the expected answer either, so this prompt says nothing about compression")
     if loops["dense"]: return Verdict("inconclusive", f"the dense model itself runs into a loop of {loops['dense']['period']} tokens, so this prompt says nothing about compression")
     if not np.isfinite(kl): return Verdict("fault", f"logits are not finite from step {next(i for i, s in enumerate(steps) if not np.isfinite(s.kl))} on")
@@ -399,7 +395,7 @@ def judge_divergence(
     if len(confident) >= max(2, len(free) / 10): return Verdict("fault", f"{len(confident)} of {len(free)} tokens are likely under compression and unlikely for the dense model: a continuation that the prompt does not support")
     return Verdict("ok", f"{kl:.4f} nats a token apart on the dense model's own tokens")
 
-# %% ../nbs/07_diagnostics.ipynb #28602452
+# %% ../nbs/07_diagnostics.ipynb #adb4bb64
 def token_ids(
     tok, # Tokenizer
     prompt, # Text, or tokens as list or tensor
@@ -442,8 +438,9 @@ def log_ground_truth(
         cause = _cause(step, steps, dense, held, forced.queries[step], piece)
         free, rows = list(dense.tokens), forced.logits
         if first is not None:
-            run.cache, free, rows = held, free[:first] + [rows[first].argmax().item()], rows[:first + 1]
-            while len(free) < new_tokens:
+            run.cache, run.length = held, len(ids) + first
+            free, rows = free[:first] + [rows[first].argmax().item()], rows[:first + 1]
+            while len(free) < new_tokens and not rows[-1].isnan().any():
                 rows = torch.cat([rows, run(free[-1:]).cpu()])
                 free.append(rows[-1].argmax().item())
     if first is None: p_free = dense.logits
@@ -475,3 +472,78 @@ def divergence_figure(log:DivergenceLog) -> go.Figure:
     fig.update_xaxes(tickvals=x, ticktext=names, tickangle=-60, row=2, col=1, title="token of the dense continuation")
     fig.update_yaxes(title="KL (nats)", row=1, col=1).update_yaxes(autorange="reversed", title="layer", row=2, col=1)
     return fig.update_layout(title=f"{log.codec} on the dense model's tokens (orange: another token came first)", **{**LAYOUT, "height": 560, "margin": dict(l=90, r=20, t=60, b=90)})
+
+# %% ../nbs/07_diagnostics.ipynb #b5d12486
+@contextmanager
+def seeded(
+    seed:int,
+):
+    "Seed Python, numpy and torch, and put their states back."
+    old = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
+    try: yield
+    finally:
+        random.setstate(old[0]); np.random.set_state(old[1]); torch.set_rng_state(old[2])
+        if old[3]: torch.cuda.set_rng_state_all(old[3])
+
+def sampled(
+    model,
+    ids:list[int],
+    codec,
+    n:int, # Tokens
+    seed:int,
+    temperature:float=1.,
+) -> tuple[list[int], Tensor]: # Tokens, and the logits that they were drawn from `[n, vocab]`
+    "Draw a continuation."
+    out, rows = [], []
+    with seeded(seed), CachedRun(model, codec) as run:
+        for i in range(n):
+            rows.append(run(out[-1:] if out else ids)[-1].cpu())
+            out.append(torch.multinomial(torch.softmax(rows[-1] / temperature, -1), 1).item())
+    return out, torch.stack(rows)
+
+# %% ../nbs/07_diagnostics.ipynb #b331c5c9
+@dataclass
+class DeterminismReport:
+    "Runs of one prompt with one seed, compared with the first of their kind."
+    runs:Table # Rows `run, codec, differs_at, logit_gap, text`
+    tokens:dict[str, list[list[int]]] # `dense` and `compressed`, one list a run
+    per_token:list[str] # `same`, `dense differs`, `compressed differs` or `both differ`
+    verdict:Verdict
+
+    def _repr_markdown_(self): return f"{self.verdict._repr_markdown_()}\n\n{self.runs._repr_markdown_()}"
+
+def check_determinism(
+    model,
+    tok, # Its tokenizer
+    prompt, # Text, or tokens
+    codec="spectral:8x", # As in `log_ground_truth`
+    n:int=2, # Runs of each kind: dense alone, compressed alone, side by side
+    new_tokens:int=12,
+    seed:int=0,
+    tolerance:float=1e-3, # Difference of logits that still passes; kernels of a GPU may need more
+) -> DeterminismReport:
+    "Repeat a sampled generation: dense, compressed, and both in turn with another text in between."
+    ids = token_ids(tok, prompt)
+    if n < 2: raise ValueError(f"n must be at least 2, got {n}")
+    draw = lambda c: sampled(model, ids, c, new_tokens, seed)
+    runs = [("dense", f"dense {i}", draw("dense")) for i in range(n)] + [("compressed", f"compressed {i}", draw(codec)) for i in range(n)]
+    for i in range(n):
+        sampled(model, ids[::-1], codec, 2, seed)
+        runs += [("dense", f"dense beside {i}", draw("dense")), ("compressed", f"compressed beside {i}", draw(codec))]
+    rows, bad = [], {"dense": set(), "compressed": set()}
+    for kind, name, (tokens, logits) in runs:
+        first, rows_first = next(r[2] for r in runs if r[0] == kind)
+        at = next((t for t in range(new_tokens) if tokens[t] != first[t]), None)
+        same = new_tokens if at is None else at + 1 # rows after the first different token belong to different texts
+        gaps = (logits[:same] - rows_first[:same]).abs().nan_to_num(float("inf")).amax(-1)
+        off = (gaps > tolerance).nonzero()[:, 0].tolist() + ([] if at is None else list(range(at, new_tokens)))
+        bad[kind] |= set(off)
+        rows.append(dict(run=name, differs_at=min(off, default=None), logit_gap=round(gaps.max().item(), 6), text=tok.decode(tokens)))
+    states = {(False, False): "same", (True, False): "dense differs", (False, True): "compressed differs", (True, True): "both differ"}
+    per_token = [states[t in bad["dense"], t in bad["compressed"]] for t in range(new_tokens)]
+    where = lambda kind: next(f"{r['run']} differs at token {r['differs_at']} (logits by {r['logit_gap']:.3g})" for r, (k, *_) in zip(rows, runs) if k == kind and r["differs_at"] is not None)
+    if bad["dense"]: verdict = Verdict("inconclusive", f"the dense model does not repeat itself: {where('dense')}")
+    elif bad["compressed"]: verdict = Verdict("fault", f"with one seed and one prompt, {where('compressed')}: something is kept from one generation to the next")
+    else: verdict = Verdict("ok", f"{len(runs)} runs of {new_tokens} tokens, each kind the same to {tolerance:g} in logits")
+    return DeterminismReport(Table(rows), {k: [t for kind, _, (t, _) in runs if kind == k] for k in bad}, per_token, verdict)

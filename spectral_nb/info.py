@@ -70,7 +70,7 @@ def capabilities() -> list[dict]: # Rows `dict(what, found, note)`
         rows.append(dict(what=name, found=found, note="" if found != "missing" else f"for {what}, in a clone: pip install '.[{extra}]'"))
     return rows
 
-# %% ../nbs/13_info.ipynb #88125a0e
+# %% ../nbs/13_info.ipynb #2ed13168
 class Table(list):
     "Rows as dicts, shown as a Markdown table."
     def __init__(self,
@@ -82,7 +82,7 @@ class Table(list):
 
     def _repr_markdown_(self):
         if not self: return self.caption
-        head, fmt = list(self[0]), lambda v: f"{v:,}" if isinstance(v, int) else str(v)
+        head, fmt = list(self[0]), lambda v: f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v)
         lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(fmt(r.get(h, '')) for h in head)} |" for r in self)]
         return "\n".join([*lines, *(["", self.caption] if self.caption else [])])
 
