@@ -1,0 +1,234 @@
+"Widgets without a browser: controls change the picture, a stop takes effect within one token, errors are shown in place."
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("ipywidgets", reason="ipywidgets is not installed: pip install '.[notebook]'")
+from transformers import GenerationConfig
+
+from spectral_nb import widgets
+from spectral_nb.diagnostics import log_ground_truth
+from spectral_nb.integration import spectral
+from spectral_nb.needle import Needle
+from spectral_nb.pocket import haystack, load_pocket
+from spectral_nb.widgets import DenseTwin, LiveGeneration, SpectrumExplorer, stream
+
+FACT = Needle("the amber lantern", "482913")
+
+
+@pytest.fixture(scope="module")
+def pocket(): return load_pocket()
+
+
+@pytest.fixture(scope="module")
+def prompt(): return haystack()[0][:1500] + FACT.planted + haystack()[0][1500:3000] + FACT.question
+
+
+@pytest.fixture
+def live(pocket, prompt):
+    out = LiveGeneration(*pocket, prompt, ratio=4, max_new_tokens=100)
+    out.widget()
+    yield out
+    out.stop(None)
+
+
+@pytest.fixture(scope="module")
+def spectra(pocket, prompt):
+    out = SpectrumExplorer(*pocket, prompt, layer=2)
+    out.widget()
+    return out
+
+
+def drawn(explorer):
+    "Data of the picture in the widget's `Output`."
+    return explorer.output.outputs[0]["data"]["application/vnd.plotly.v1+json"]["data"]
+
+
+def until(live, n):
+    while len(live.steps) < n and live.running: live.thread.join(.005)
+
+
+def click_through(explorer, values):
+    "Set each control; the picture and the attribute must follow."
+    for name, value in values.items():
+        before = drawn(explorer)
+        explorer.controls[name].value = value
+        assert getattr(explorer, name) == value and explorer.error is None, name
+        assert drawn(explorer) != before, f"{name} changed nothing"
+
+
+def test_start_and_stop_within_one_token(live):
+    c = live.controls
+    c["start"].click()
+    assert live.running and c["start"].disabled and c["ratio"].disabled and not c["stop"].disabled and c["clock"].playing
+    until(live, 4)
+    c["clock"].value += 1
+    first = drawn(live)
+    until(live, 8)
+    c["clock"].value += 1
+    assert drawn(live) != first and len(drawn(live)[0]["x"]) >= 8
+    c["stop"].click()
+    held = len(live.steps)
+    live.thread.join(10)
+    assert live.state == "stopped" and held <= len(live.steps) <= held + 1 < 100
+    c["clock"].value += 1
+    assert not c["start"].disabled and c["stop"].disabled and not c["clock"].playing
+    assert "stopped" in live.message.value and live.text in live.message.value.replace("&#x27;", "'").replace("&quot;", '"')
+
+
+def test_a_stop_while_the_prompt_is_read(live):
+    live.start()
+    live.stop(None)
+    assert live.state == "stopped" and len(live.steps) <= 1
+
+
+def test_the_ratio_slider_takes_effect_with_the_next_start(live):
+    live.set(max_new_tokens=2)
+    live.run()
+    assert abs(live.steps[-1].ratio / 4 - 1) < .05
+    live.controls["ratio"].value = 8.
+    assert "ratio 8 from the next start on" in live.message.value
+    live.run()
+    assert abs(live.steps[-1].ratio / 8 - 1) < .05 and "from the next start" not in live.message.value
+
+
+def test_another_prompt(live):
+    live.controls["prompt"].value = "Once upon a time"
+    live.controls["max_new_tokens"].value = 3
+    live.run()
+    assert len(live.steps) == 3 and live.steps[-1].dense_nbytes == 6 * 2 * 2 * 128 * 2 * (live.tokenizer("Once upon a time", return_tensors="pt").input_ids.shape[1] + 2)
+
+
+def test_divergence_where_asked(pocket, prompt):
+    "The same as the log that reads the dense model's tokens, as long as the tokens agree."
+    live = LiveGeneration(*pocket, prompt, ratio=8, max_new_tokens=5, kl=True).run()
+    log = log_ground_truth(*pocket, prompt, codec="spectral:8x", new_tokens=5)
+    same = 5 if log.first is None else log.first + 1
+    assert same > 1 and max(s.kl for s in live.steps) > 1e-5
+    assert [s.kl for s in live.steps[:same]] == pytest.approx([s.kl for s in log.steps[:same]], rel=.01, abs=1e-6)
+    assert "KL (nats)" in str(live.figure().layout) and "nats a token" in live.summary()
+
+
+def test_the_dense_twin_is_the_dense_model(pocket, prompt):
+    model, tok = pocket
+    ids = tok(prompt, return_tensors="pt").input_ids
+    with torch.no_grad(): dense = model(ids).logits[0, -4:]
+    with spectral(model, ratio=8):
+        twin = DenseTwin(model)
+        got = torch.cat([twin(ids[:, :-3]), *(twin(ids[:, i:i + 1]) for i in range(ids.shape[1] - 3, ids.shape[1]))])
+    assert torch.allclose(got, dense, atol=2e-3)
+
+
+def test_errors_are_shown_in_place(live, monkeypatch):
+    def broken(*args, **kwargs): raise RuntimeError("out of <memory>")
+    monkeypatch.setattr(widgets, "stream", broken)
+    live.controls["start"].click()
+    live.thread.join()
+    live.controls["clock"].value += 1
+    assert live.state == "failed" and "out of &lt;memory&gt;" in live.message.value and "Traceback" in live.message.value
+    assert not live.controls["start"].disabled
+    with pytest.raises(RuntimeError, match="out of <memory>"): live.wait()
+    monkeypatch.undo()
+    live.set(max_new_tokens=1)
+    live.run()
+    assert live.state == "finished" and live.failure is None
+
+
+def test_an_error_inside_generation_leaves_the_model_as_it_was(live, pocket):
+    model, n = pocket[0], 0
+    def hook(module, args, out):
+        nonlocal n
+        n += 1
+        if n == 3: raise RuntimeError("layer on fire")
+    handle = model.model.layers[2].register_forward_hook(hook)
+    try: live.start(); live.thread.join()
+    finally: handle.remove()
+    live.controls["clock"].value += 1
+    assert "layer on fire" in live.message.value and len(live.steps) == 2
+    assert "forward" not in model.__dict__ and model.config._attn_implementation == "sdpa" and not model._forward_hooks and model not in widgets.BUSY
+
+
+def test_one_generation_at_a_time(live, pocket, prompt):
+    other = LiveGeneration(*pocket, prompt, max_new_tokens=2)
+    live.start()
+    until(live, 1)
+    with pytest.raises(RuntimeError, match="under way"): live.start()
+    with pytest.raises(RuntimeError, match="generating already"): other.run()
+    live.stop(None)
+    assert len(other.run().steps) == 2
+
+
+def test_interrupting_the_cell_is_a_stop(pocket, prompt):
+    model, tok = pocket
+    live = LiveGeneration(model, tok, prompt, max_new_tokens=9)
+    live.steps_seen = 0
+    def interrupt(module, args, out):
+        live.steps_seen += 1
+        if live.steps_seen == 3: raise KeyboardInterrupt
+    handle = model.register_forward_hook(interrupt)
+    try: live.run()
+    finally: handle.remove()
+    assert live.state == "stopped" and len(live.steps) == 2 and "forward" not in model.__dict__
+
+
+def test_generate_arguments_and_end_of_text(pocket):
+    model, tok = pocket
+    steps, ids = [], tok("The", return_tensors="pt").input_ids
+    stream(model, tok, ids, steps.append, max_new_tokens=6, generation_config=GenerationConfig(eos_token_id=None), do_sample=True, temperature=1.5)
+    assert len(steps) == 6
+    again = []
+    stream(model, tok, ids, again.append, max_new_tokens=6, eos_token_id=steps[0].token, do_sample=False, suppress_tokens=[i for i in range(model.config.vocab_size) if i != steps[0].token])
+    assert len(again) == 1
+
+
+def test_spectrum_controls(spectra):
+    click_through(spectra, dict(bits=4., rank=64, layer=4, head=1, kind="values"))
+    assert "values of layer 4, head 1" in spectra.message.value
+
+
+def test_more_bits_cost_more_and_lose_less(spectra):
+    spectra.set(kind="keys_pre_rope", layer=2, head=0, rank=128)
+    points = [spectra.code(b) for b in (.5, 1., 2., 4., 8.)]
+    errors, sizes = zip(*points)
+    assert list(errors) == sorted(errors, reverse=True) and list(sizes) == sorted(sizes) and errors[-1] < .02
+    truncated = [(spectra.set(rank=r), spectra.code(8.)[0])[1] for r in (16, 64, 128)]
+    exact = [(1 - (spectra.singular["keys_pre_rope"][2][0][:r] ** 2).sum() / (spectra.singular["keys_pre_rope"][2][0] ** 2).sum()).item() ** .5 for r in (16, 64)]
+    assert truncated == sorted(truncated, reverse=True) and all(t == pytest.approx(e, rel=.15) for t, e in zip(truncated, exact))
+
+
+def test_pages_need_nothing(spectra, live, tmp_path):
+    live.set(max_new_tokens=2)
+    live.run()
+    for explorer in (spectra, live):
+        page = explorer.to_html(tmp_path / "page.html")
+        assert (tmp_path / "page.html").read_text() == page and not re.search(r"<(script|link)[^>]+(src|href)=", page)
+        assert explorer.title in page and page.count("plotly-graph-div") == 1
+
+
+def test_figures_say_what_they_show(spectra, live):
+    live.set(max_new_tokens=2)
+    live.run()
+    for explorer in (spectra, live):
+        layout = explorer.figure().to_plotly_json()["layout"]
+        titles = {k: v.get("title", {}).get("text") for k, v in layout.items() if re.match(r"[xy]axis", k)}
+        assert all(titles.values()) or set(k for k, v in titles.items() if not v) <= {"yaxis3"}, titles
+
+
+def test_without_ipywidgets():
+    "Pictures and pages work, controls say what to install."
+    code = """
+import sys; sys.modules['ipywidgets'] = None
+import torch; torch.set_num_threads(1)
+from spectral_nb.pocket import load_pocket
+from spectral_nb.widgets import LiveGeneration
+live = LiveGeneration(*load_pocket(), "Once upon a time", max_new_tokens=2).run()
+assert 'Live generation' in live.to_html() and 'application/vnd.plotly.v1+json' in live._repr_mimebundle_()
+try: live.widget()
+except ImportError as e: assert "pip install ipywidgets" in str(e)
+else: raise AssertionError
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
