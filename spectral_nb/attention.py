@@ -112,7 +112,7 @@ def padding_of(
     padding = seen.int().argmax(-1)
     return padding if padding.any() else None
 
-# %% ../nbs/04_attention.ipynb #ee7c7a9f
+# %% ../nbs/04_attention.ipynb #35888837
 def spectral_attention_forward(
     module, # Attention module of the model
     query:Tensor, # **post-RoPE** `[B, heads, q_len, D]`
@@ -137,7 +137,7 @@ def spectral_attention_forward(
     if query.shape[2] > 1 and layer.get_seq_length() and positions is not None and positions.ndim < 3 and layer.restarts(positions):
         layer.reset()
         attention_mask = None if attention_mask is None else attention_mask[..., -query.shape[2]:]
-    layer.observe(sample_queries(module, query, layer.get_seq_length(), scaling, softcap) if layer.wants_queries else None)
+    layer.observe(sample_queries(module, query, layer.get_seq_length(), scaling, softcap, groups=query.shape[1] // key_states.shape[1]) if layer.wants_queries else None)
     if layer.get_seq_length(): out, received = attend(layer, query, key_states, value_states, attention_mask, scaling, softcap)
     else:
         if layer.padding is None: layer.padding = padding_of(attention_mask)
@@ -147,7 +147,7 @@ def spectral_attention_forward(
     layer.append(key_states, value_states, received=None if received is None else received[:, :, layer.hot_length:])
     return out, None
 
-# %% ../nbs/04_attention.ipynb #5e1135af
+# %% ../nbs/04_attention.ipynb #facdfcac
 @torch.no_grad()
 def output_gram(
     module, # Attention module of a model
@@ -162,20 +162,24 @@ def output_gram(
     if W is None or not W.is_floating_point() or W.shape[-1] != heads * Dv: # quantized or wrapped: ask it
         x = torch.eye(heads * Dv, device=device, dtype=getattr(module, "dtype", torch.float16))
         W = (proj(x) - proj(torch.zeros_like(x[:1]))).mT
-    W = W.float().unflatten(-1, (heads, Dv)).transpose(0, 1)
-    return W.mT @ W
+    W = W.unflatten(-1, (heads, Dv)).transpose(0, 1)
+    if not W.is_cuda: W = W.float()
+    size = W.abs().amax().clamp_min(1e-30) # products of half-precision numbers stay in range
+    W = W / size
+    return (W.mT @ W).float() * size.float() ** 2
 
-# %% ../nbs/04_attention.ipynb #46127d2e
+# %% ../nbs/04_attention.ipynb #42dca9e7
 def sample_queries(
     module,
     query:Tensor, # **post-RoPE** `[B, heads, n, D]`
     start:int, # Slot of the first
     scaling:float,
     softcap:float|None=None,
-    most:int=128,
+    most:int=256, # Queries a key head: heads of a group share them, but no head has fewer than 32
+    groups:int=1, # Query heads a key head
 ) -> Sample:
     "Queries of a call that stand for those to come."
-    n = query.shape[2]
+    n, most = query.shape[2], max(32, most // groups)
     at = torch.linspace(n // 2, n - 1, min(most, n - n // 2), device=query.device).long()
     v_dim = getattr(module, "v_head_dim", query.shape[3])
     return Sample(query[:, :, at].clone(), start + at, output_gram(module, query.shape[1], v_dim, query.device), scaling, softcap)

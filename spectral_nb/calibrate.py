@@ -6,7 +6,7 @@
 __all__ = ['WEIGHTS_FILE', 'repeated_tokens', 'probe_layers', 'fingerprint', 'geometric_mean', 'weights_path', 'layer_weights',
            'spectral_cache']
 
-# %% ../nbs/04b_calibrate.ipynb #0315f960
+# %% ../nbs/04b_calibrate.ipynb #13cadaec
 import hashlib
 import json
 import os
@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 from . import attention  # registers the attention implementation 'spectral'
 from .cache import SpectralCache, SpectralLayer
 from .codec import SpectralConfig
-from .spectral import DISTORTION, GROUP, Coded, Layout, to_anchor
+from .spectral import DISTORTION, GROUP, Coded, Layout, fit_bases, to_anchor
 
 # %% ../nbs/04b_calibrate.ipynb #d5499aee
 def repeated_tokens(
@@ -34,7 +34,7 @@ def repeated_tokens(
     ids = torch.randint(0, vocab_size, (tokens - tail,), generator=torch.Generator().manual_seed(seed))
     return torch.cat([ids, ids[tail // 2:tail // 2 + tail]])[None]
 
-# %% ../nbs/04b_calibrate.ipynb #93ad5df5
+# %% ../nbs/04b_calibrate.ipynb #1db7cdd9
 @torch.no_grad()
 def probe_layers(
     model,
@@ -64,14 +64,14 @@ def probe_layers(
     for i, layer in enumerate(tqdm(held.layers, desc="probing layers", disable=not progress)):
         if not isinstance(layer, SpectralLayer): out.append((0., 0.)); continue
         n = (layer.hot_length - layer.config.hot_buffer_size) // layer.cold.page * layer.cold.page
-        pools, pair = layer.cold.measure(layer.sample, *states[i], layer.token_weight(n)), []
-        _, s, spectra, weight = layer.cold.pools
+        layer.cold.measure(layer.sample, *states[i], layer.token_weight(n))
+        pools, pair, found = fit_bases([layer.cold]), [], layer.cold.measured
         for kv in (0, 1):
             rates = []
             for b in bits:
                 x = to_anchor(states[i][0][:, :, :n], 0, layer.table) if kv == 0 else states[i][1][:, :, :n].float()
-                coded = Coded.fit(spectra[kv], x, weight, s.received, Layout((b,) * (x.shape[-1] // GROUP))).states()
-                coded = torch.where(weight > 0, coded, x)
+                coded = Coded.fit(found.spectra[kv], x, found.weight, found.sensitivity.share, Layout((b,) * (x.shape[-1] // GROUP))).states()
+                coded = torch.where(found.weight > 0, coded, x)
                 if kv == 0: coded = to_anchor(coded, 0, layer.table, back=True)
                 new = list(states[i])
                 new[kv] = torch.cat([coded.to(new[kv].dtype), new[kv][:, :, n:]], 2)
