@@ -1,26 +1,107 @@
-"Time and peak memory of spectral coding beside the prefill of a Mistral-7B shape; its last result is nbs/results/encode_7b.json (run then as .dev/encode7b.py)."
-import torch,time,json,os,warnings
-from transformers import MistralConfig, AutoModelForCausalLM, DynamicCache
+"""Time and peak memory of spectral coding beside the prefill of a Mistral-7B shape (random weights), by stage: nbs/results/encode_7b.json.
+
+python tools/encode_7b.py [result.json] needs a GPU of 24 GB; `--small` runs a small shape, on a CPU too.
+"""
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections import defaultdict
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
+
+from spectral_nb import attention, cache, spectral
 from spectral_nb.cache import SpectralCache
-from spectral_nb import attention
 from spectral_nb.info import stamp
-cfg=MistralConfig(vocab_size=32000,hidden_size=4096,intermediate_size=14336,num_hidden_layers=32,num_attention_heads=32,num_key_value_heads=8,head_dim=128,sliding_window=None,max_position_embeddings=131072)
-torch.set_default_dtype(torch.float16)
-with torch.device('cuda'): m=AutoModelForCausalLM.from_config(cfg,dtype=torch.float16).eval()
-torch.set_default_dtype(torch.float32)
-print('built',torch.cuda.memory_allocated()/2**30,flush=True)
-rows=[]
-for T in (8192,):
-    ids=torch.randint(0,32000,(1,T),device='cuda')
-    for name,impl,mk in (('dense','sdpa',lambda:DynamicCache(config=cfg)),('spectral:8x','spectral',lambda:SpectralCache(cfg,coding='spectral',ratio=8.))):
-        m.set_attn_implementation(impl); ts=[]
-        for i in range(3):
-            c=mk(); torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); base=torch.cuda.memory_allocated(); t=time.perf_counter()
-            with torch.no_grad(), warnings.catch_warnings(): warnings.simplefilter('ignore'); m(ids,past_key_values=c,logits_to_keep=1)
-            torch.cuda.synchronize(); ts.append(time.perf_counter()-t); peak=torch.cuda.max_memory_allocated()-base
-        rows.append(dict(codec=name,tokens=T,prefill_ms=round(1e3*sorted(ts)[1],1),all_ms=[round(1e3*x,1) for x in ts],peak_mib_above_weights=round(peak/2**20,1),ratio=round(getattr(c,'ratio',1.),3))); print(rows[-1],flush=True)
-    import cProfile,pstats
-    c=SpectralCache(cfg,coding='spectral',ratio=8.); p=cProfile.Profile(); torch.cuda.synchronize()
-    with torch.no_grad(): p.enable(); m(ids,past_key_values=c,logits_to_keep=1); torch.cuda.synchronize(); p.disable()
-    pstats.Stats(p).sort_stats('tottime').print_stats(12)
-json.dump(dict(**stamp('python3 .dev/encode7b.py',device='cuda'),rows=rows),open(os.environ['OUT']+'/encode_7b.json','w'),indent=1)
+
+SMALL, CUDA = "--small" in sys.argv, torch.cuda.is_available()
+DEVICE, TOKENS = "cuda" if CUDA else "cpu", 1024 if SMALL else 8192
+SHAPE = dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+if SMALL: SHAPE |= dict(vocab_size=1000, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
+STAGES = [(cache.SpectralCache, "fit", "all of the encoding"), (attention, "sample_queries", "sample queries, Gram of o_proj"), (cache, "check_finite", "finite?"),
+          (spectral, "sensitivity", "sensitivity"), (spectral.SpectralStore, "measure", "  with turned sample"), (cache, "fit_bases", "bases (decorrelate)"),
+          (spectral, "decorrelate", "  decorrelate alone"), (cache, "allocate", "allocate (CPU)"), (cache, "plan", "steps, quantizers, loss"),
+          (spectral, "best_step", "  step search alone"), (spectral.SpectralStore, "start", "code all tokens"), (spectral, "to_anchor", "  turn keys"),
+          (spectral.Layout, "pack", "  pack"), (cache.HotTier, "to_int8", "hot tokens to int8"), (cache, "settle", "read limits")]
+
+
+def wait():
+    if CUDA: torch.cuda.synchronize()
+
+
+def peak(): return torch.cuda.max_memory_allocated() if CUDA else 0
+
+
+def prefill(model, make, ids):
+    "Seconds of a prefill and bytes of its peak above what was there before."
+    c = make()
+    wait()
+    if CUDA: torch.cuda.reset_peak_memory_stats()
+    base, start = torch.cuda.memory_allocated() if CUDA else 0, time.perf_counter()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(ids, past_key_values=c, logits_to_keep=1)
+    wait()
+    return time.perf_counter() - start, peak() - base, c
+
+
+def by_stage(model, make, ids):
+    "Milliseconds and calls of every stage, waiting for the device around each: they add up to more than the whole."
+    spent, undo = defaultdict(lambda: [0., 0]), []
+    def wrap(owner, name, label):
+        orig = getattr(owner, name)
+        def timed(*args, **kwargs):
+            wait(); start = time.perf_counter()
+            try: return orig(*args, **kwargs)
+            finally: wait(); spent[label][0] += 1e3 * (time.perf_counter() - start); spent[label][1] += 1
+        setattr(owner, name, timed); undo.append((owner, name, orig))
+    for s in STAGES: wrap(*s)
+    try: prefill(model, make, ids)
+    finally:
+        for s in undo: setattr(*s)
+    return [dict(stage=label, ms=round(spent[label][0], 2), calls=spent[label][1]) for _, _, label in STAGES]
+
+
+def solvers():
+    "Milliseconds of `eigh` and of `decorrelate` for batches of 128 by 128 matrices."
+    x = torch.randn(512 if CUDA else 8, 256, 128, device=DEVICE)
+    c, rows = x.mT @ x, []
+    for name, f in dict(eigh=torch.linalg.eigh, decorrelate=spectral.decorrelate, cholesky_ex=torch.linalg.cholesky_ex, bmm=lambda m: m @ m,
+                        solve_triangular=lambda m: torch.linalg.solve_triangular(m, m, upper=True, left=False)).items():
+        for n in (8, len(c)):
+            f(c[:n]); wait(); start = time.perf_counter(); f(c[:n]); wait()
+            rows.append(dict(solver=name, batch=n, ms=round(1e3 * (time.perf_counter() - start), 2)))
+    return rows
+
+
+def main():
+    config = MistralConfig(**SHAPE, sliding_window=None, max_position_embeddings=131072)
+    dtype = torch.float16 if CUDA else torch.float32
+    torch.set_default_dtype(dtype)
+    with torch.device(DEVICE): model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    torch.set_default_dtype(torch.float32)
+    ids, rows, stages = torch.randint(0, SHAPE["vocab_size"], (1, TOKENS), device=DEVICE), [], []
+    weights = [(1., 1.)] * SHAPE["num_hidden_layers"]
+    for name, impl, make in (("dense", "sdpa", lambda: DynamicCache(config=config)), ("spectral:8x", "spectral", lambda: SpectralCache(config, coding="spectral", ratio=8., layer_weights=weights))):
+        model.set_attn_implementation(impl)
+        runs = []
+        for _ in range(2 if SMALL else 6): *run, held = prefill(model, make, ids); runs.append(run); ratio = getattr(held, "ratio", 1.); del held
+        rows.append(dict(codec=name, tokens=TOKENS, prefill_ms=round(1e3 * statistics.median(r[0] for r in runs[1:]), 1), all_ms=[round(1e3 * r[0], 1) for r in runs],
+                         peak_mib_above_weights=round(min(r[1] for r in runs[1:]) / 2**20, 1), ratio=round(ratio, 3)))
+        print(rows[-1], flush=True)
+        if name != "dense": stages = by_stage(model, make, ids)
+    a, b = rows
+    summary = dict(encode_ms=round(b["prefill_ms"] - a["prefill_ms"], 1), share_of_prefill_pct=round(100 * (b["prefill_ms"] / a["prefill_ms"] - 1), 1),
+                   peak_mib_above_dense=round(b["peak_mib_above_weights"] - a["peak_mib_above_weights"], 1))
+    print(summary, flush=True)
+    for s in stages: print(f"{s['stage']:32} {s['ms']:9.2f} ms {s['calls']:5} calls", flush=True)
+    del model
+    alone = solvers()
+    for r in alone: print(r, flush=True)
+    path = next((p for p in sys.argv[1:] if not p.startswith("-")), None)
+    if path: open(path, "w").write(json.dumps(dict(**stamp(" ".join(["python", "tools/encode_7b.py", *sys.argv[1:]]), device=DEVICE), summary=summary, rows=rows, stages=stages, solvers=alone), indent=1) + "\n")
+
+
+if __name__ == "__main__": main()
