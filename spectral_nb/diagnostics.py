@@ -8,7 +8,7 @@ __all__ = ['OKABE_ITO', 'LAYOUT', 'Verdict', 'CachedRun', 'AttentionCall', 'reco
            'DivergenceLog', 'Pass', 'read_steps', 'judge_divergence', 'token_ids', 'log_ground_truth',
            'divergence_figure', 'seeded', 'sampled', 'DeterminismReport', 'check_determinism']
 
-# %% ../nbs/07_diagnostics.ipynb #dbc07c12
+# %% ../nbs/07_diagnostics.ipynb #2fd48b85
 import copy
 import json
 import random
@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
-from .attention import spectral_attention_forward
 from .cache import SpectralCache, SpectralLayer
 from .codec import SpectralConfig
 from .evaluate import attention_implementation, kl_divergence, new_cache, parse_spec
