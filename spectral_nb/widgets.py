@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'KINDS', 'BUSY', 'TIER_COLOURS', 'ipywidgets_module', 'in_kernel', 'display_data', 'error_html', 'Explorer',
-           'SpectrumExplorer', 'LiveStep', 'DenseTwin', 'EachToken', 'stream', 'LiveGeneration']
+           'dense_layers', 'SpectrumExplorer', 'find_tokens', 'fast_calls', 'AttentionExplorer', 'kl_colour', 'visible',
+           'DivergenceExplorer', 'LiveStep', 'DenseTwin', 'EachToken', 'stream', 'LiveGeneration']
 
-# %% ../nbs/08_widgets.ipynb #e0e7f47a
+# %% ../nbs/08_widgets.ipynb #9fe0a7de
 import html
 import json
 import sys
 import traceback
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import isfinite, log10
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
@@ -25,9 +29,9 @@ from plotly.subplots import make_subplots
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from .diagnostics import LAYOUT, OKABE_ITO, CachedRun, cache_spectra, token_ids
+from .diagnostics import LAYOUT, OKABE_ITO, AttentionCall, AttentionMaps, CachedRun, DivergenceLog, attention_probs, cache_spectra, read_steps, token_ids
 from .evaluate import kl_divergence
-from .integration import base_model, spectral
+from .integration import base_model, some_queries, spectral
 from .rope import rope_table, unapply_rope
 from .spectral import GROUP, Coded, Layout, Pool, Spectrum, allocate, spectrum
 
@@ -133,7 +137,13 @@ def widget(self:Explorer):
 def _repr_mimebundle_(self:Explorer, include=None, exclude=None):
     return self.widget()._repr_mimebundle_() if in_kernel() else display_data(self.figure())[0]["data"]
 
-# %% ../nbs/08_widgets.ipynb #3ab3f503
+# %% ../nbs/08_widgets.ipynb #83f28dd2
+def dense_layers(
+    cache, # Of a dense run
+) -> list: # One a layer, with `keys` (**post-RoPE**) and `values` `[B, kv_heads, n, D]`
+    "A dense cache's layers, on every route: Unsloth's fast path keeps pairs of tensors."
+    return cache.layers if hasattr(cache, "layers") else [SimpleNamespace(keys=k, values=v) for k, v in cache]
+
 KINDS = dict(keys_pre_rope="keys before RoPE", keys_post_rope="keys after RoPE", values="values")
 
 class SpectrumExplorer(Explorer):
@@ -152,7 +162,7 @@ class SpectrumExplorer(Explorer):
         super().__init__()
         self.config, self.ids = model.config, token_ids(tokenizer, prompt)
         with CachedRun(model) as run: run(self.ids)
-        self.layers = run.cache.layers if hasattr(run.cache, "layers") else [SimpleNamespace(keys=k, values=v) for k, v in run.cache] # Unsloth's fast path keeps pairs
+        self.layers = dense_layers(run.cache)
         self.singular, self.known = cache_spectra(SimpleNamespace(layers=self.layers), self.config), {}
         self.kind, self.layer, self.head, self.bits, self.rank = kind, layer, head, float(bits), rank or self.layers[0].keys.shape[-1]
 
@@ -248,6 +258,233 @@ def make_controls(self:SpectrumExplorer, w):
         head=w.IntSlider(value=self.head, min=0, max=o.keys.shape[1] - 1, description="head", layout=wide),
         rank=w.IntSlider(value=self.rank, min=GROUP, max=o.keys.shape[-1], step=GROUP, description="rank", continuous_update=False, layout=wide),
         bits=w.FloatSlider(value=self.bits, min=.25, max=8, step=.25, description="bits (mean)", continuous_update=False, layout=wide))
+
+# %% ../nbs/08_widgets.ipynb #3b56d709
+def find_tokens(
+    tokenizer,
+    ids:list[int],
+    text:str, # To look for; spaces do not count
+) -> tuple[int, int]: # First slot, and one past the last
+    "Where a text is in a prompt."
+    pieces = ["".join(tokenizer.decode([t]).split()) for t in ids]
+    ends = list(accumulate(map(len, pieces)))
+    start = "".join(pieces).find(want := "".join(text.split()))
+    if start < 0 or not want: raise ValueError(f"{text!r} is not in the prompt")
+    return bisect_right(ends, start), bisect_left(ends, start + len(want)) + 1
+
+# %% ../nbs/08_widgets.ipynb #353f3bc7
+def fast_calls(
+    model, # On Unsloth's fast path
+    ids:list[int],
+    slots:list[int], # Of the queries
+) -> tuple[list, dict[int, AttentionCall]]: # Layers with `keys` (**post-RoPE**) and `values`, and queries by layer
+    "A dense cache and queries of a text, on Unsloth's fast path."
+    base, calls, at = base_model(model), {}, torch.tensor(slots, device=model.device)
+    def listen(attn, args, kw):
+        hidden, table = kw.get("hidden_states", args[0] if args else None), rope_table(base.config, attn.layer_idx)
+        rows = [torch.cat([o, o], -1)[None, None] * table.scaling for o in table(torch.arange(hidden.shape[1], device=hidden.device))]
+        calls[attn.layer_idx] = AttentionCall(some_queries(attn, hidden, rows, at)[0].float().contiguous(), None, attn.scaling, getattr(attn, "attn_logit_softcapping", None))
+    hooks = [o.self_attn.register_forward_pre_hook(listen, with_kwargs=True) for o in base.model.layers]
+    try:
+        with torch.no_grad(), CachedRun(model) as run: run(ids)
+    finally:
+        for h in hooks: h.remove()
+    return dense_layers(run.cache), calls
+
+# %% ../nbs/08_widgets.ipynb #c871250f
+class AttentionExplorer(Explorer):
+    "Attention of each step, dense and compressed, and where they differ."
+    title = "Attention"
+    def __init__(self,
+        model, # A causal language model
+        tokenizer,
+        prompt:str|Tensor, # Text, or tokens
+        codec="spectral:8x", # As in `log_ground_truth`
+        needle:str|None=None, # Text in the prompt, to be marked
+        new_tokens:int=16, # Steps; step 0 is the last token of the prompt
+        layer:int|None=None, # Default: layer, query head and step that look at the needle most
+        head:int|None=None,
+        step:int|None=None,
+    ):
+        super().__init__()
+        self.ids, self.codec = token_ids(tokenizer, prompt), codec
+        self.needle = None if needle is None else find_tokens(tokenizer, self.ids, needle)
+        with CachedRun(model) as run: self.dense = read_steps(run, self.ids, new_tokens)
+        with CachedRun(model, codec) as run: self.compressed = read_steps(run, self.ids, new_tokens, self.dense.tokens)
+        self.layers, self.calls = getattr(self.dense.cache, "layers", None), {i: replace(c, query=torch.cat([q[i].query for q in self.dense.queries], 1)) for i, c in self.dense.queries[0].items()}
+        if self.layers is None: self.layers, self.calls = fast_calls(model, (self.ids + self.dense.tokens)[:-1], self.slots)
+        if not self.calls: raise ValueError(f"attention of {type(model).__name__} does not go through transformers' attention interface and cannot be recorded")
+        self.pieces = [tokenizer.decode([t]) for t in self.ids + self.dense.tokens]
+        self.known, found = {}, self.looks_at_needle() if self.needle and None in (layer, head, step) else (min(self.calls), 0, 0)
+        self.layer, self.head, self.step = (b if a is None else a for a, b in zip((layer, head, step), found))
+
+    @property
+    def slots(self) -> list[int]:
+        "Slots of the steps' queries."
+        return list(range(len(self.ids) - 1, len(self.ids) + len(self.dense.tokens) - 1))
+
+    def looks_at_needle(self) -> tuple[int, int, int]: # Layer, head and step
+        "Where the needle gets most attention in the dense run."
+        share = {i: attention_probs(self.layers[i], c, torch.tensor(self.slots))[..., slice(*self.needle)].sum(-1) for i, c in self.calls.items()} # [heads, steps]
+        layer = max(share, key=lambda i: share[i].max())
+        return layer, *divmod(share[layer].argmax().item(), share[layer].shape[1])
+
+    def maps(self) -> AttentionMaps:
+        "Attention of all steps in the chosen layer and head."
+        call, slots = self.calls[self.layer], torch.tensor(self.slots)
+        if self.layer not in self.known: self.known = {self.layer: [attention_probs(o, call, slots).cpu() for o in (self.layers[self.layer], self.compressed.cache.layers[self.layer])]}
+        dense, compressed = self.known[self.layer]
+        return AttentionMaps(self.layer, self.head, self.slots, dense[self.head], compressed[self.head])
+
+# %% ../nbs/08_widgets.ipynb #2bf0deed
+@patch
+def summary(self:AttentionExplorer):
+    m, text = self.maps(), "".join(self.pieces[len(self.ids):len(self.ids) + self.step])
+    moved = (m.difference[self.step].abs().sum() / 2).item()
+    out = (f"<div role='status'>layer {self.layer}, head {self.head}, step {self.step}: the query of <b>{html.escape(repr(self.pieces[m.queries[self.step]]))}</b>, answered with "
+           f"<b>{html.escape(repr(self.pieces[m.queries[self.step] + 1]))}</b>; {100 * moved:.1f} % of its attention went elsewhere under {html.escape(str(self.codec))}")
+    if self.needle:
+        a, b = (o[self.step, slice(*self.needle)].sum().item() for o in (m.dense, m.compressed))
+        out += f"; on the needle (tokens {self.needle[0]} to {self.needle[1] - 1}): <b>{100 * a:.1f} % dense, {100 * b:.1f} % compressed</b>"
+    return out + "</div>"
+
+@patch
+def figure(self:AttentionExplorer,
+    columns:int=256, # At most; tokens share a column in longer prompts
+):
+    "Maps over steps and tokens, and the chosen step alone."
+    m = self.maps()
+    n = m.dense.shape[1]
+    width = -(-n // columns)
+    def binned(p): return torch.nn.functional.pad(p, (0, -n % width)).unflatten(-1, (-1, width)).sum(-1)
+    x, steps = [width * i for i in range(-(-n // width))], list(range(len(m.queries)))
+    fig = make_subplots(rows=4, cols=1, shared_xaxes=True, vertical_spacing=.07, row_heights=[.23, .23, .23, .31],
+                        subplot_titles=["dense", f"compressed ({self.codec})", "compressed minus dense", f"step {self.step}"])
+    hover = [[html.escape(repr("".join(self.pieces[i:min(i + width, n)]))) for i in x]] * len(steps)
+    scale = dict(zmin=-4, zmax=0, colorscale="Cividis", hovertemplate="%{text}<br>step %{y}: 10^%{z:.2f}<extra></extra>")
+    for row, p in ((1, m.dense), (2, m.compressed)):
+        fig.add_heatmap(z=binned(p).clamp_min(1e-5).log10().tolist(), x=x, y=steps, text=hover, row=row, col=1, **scale, showscale=row == 1,
+                        colorbar=dict(title="attention", tickvals=[-4, -3, -2, -1, 0], ticktext=["0.01 %", "0.1 %", "1 %", "10 %", "100 %"], len=.45, y=.8))
+    d = 100 * binned(m.difference)
+    top = max(d.abs().max().item(), .01)
+    fig.add_heatmap(z=d.tolist(), x=x, y=steps, text=hover, row=3, col=1, zmin=-top, zmax=top, colorscale="PuOr", colorbar=dict(title="points (%)", len=.24, y=.42), hovertemplate="%{text}<br>step %{y}: %{z:.2f}<extra></extra>")
+    for name, p, colour, dash in (("dense", m.dense, OKABE_ITO[0], "solid"), ("compressed", m.compressed, OKABE_ITO[1], "dot")):
+        fig.add_scatter(x=x, y=(100 * binned(p)[self.step]).tolist(), text=hover[0], name=name, row=4, col=1, line=dict(color=colour, dash=dash), hovertemplate="%{text}<br>%{y:.2f} %")
+    for row in (1, 2, 3): fig.add_hline(self.step, row=row, col=1, line=dict(color="white" if row < 3 else "black", dash="dot", width=1))
+    if self.needle:
+        for row in (1, 2, 3, 4):
+            fig.add_vrect(self.needle[0] - width / 2, self.needle[1] - 1 + width / 2, row=row, col=1, line=dict(color=OKABE_ITO[3], width=2), **({"annotation_text": "needle", "annotation_position": "top right"} if row == 4 else {}))
+    fig.update_yaxes(title="step").update_yaxes(title="attention (%)", rangemode="tozero", row=4, col=1).update_xaxes(title=f"token of the prompt and continuation ({width} to a column)" if width > 1 else "token of the prompt and continuation", row=4, col=1)
+    return fig.update_layout({**LAYOUT, "height": 760}, legend=dict(orientation="h", y=-.1, x=0))
+
+# %% ../nbs/08_widgets.ipynb #7853b8a4
+@patch
+def make_controls(self:AttentionExplorer, w):
+    wide = dict(width="24em")
+    return dict(layer=w.Dropdown(options=sorted(self.calls), value=self.layer, description="layer"),
+        head=w.IntSlider(value=self.head, min=0, max=self.calls[self.layer].query.shape[0] - 1, description="query head", layout=wide),
+        step=w.IntSlider(value=self.step, min=0, max=len(self.dense.tokens) - 1, description="step", layout=wide))
+
+# %% ../nbs/08_widgets.ipynb #d9b4253c
+def kl_colour(
+    kl:float, # Nats
+) -> str: # CSS colour
+    "White up to 0.001 nats, orange from 1 nat on, by the logarithm between; black text is readable on all."
+    share = min(max(log10(max(kl, 1e-12)) / 3 + 1, 0), 1) if isfinite(kl) else 1
+    return "#{:02x}{:02x}{:02x}".format(*(round(255 + share * (c - 255)) for c in (0xE6, 0x9F, 0x00)))
+
+def visible(
+    piece:str,
+) -> str:
+    "A token's text with its spaces and line ends shown."
+    return piece.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥") or "∅"
+
+# %% ../nbs/08_widgets.ipynb #bb3653a3
+class DivergenceExplorer(Explorer):
+    "Two generations side by side; a token shows its alternatives and each layer's error."
+    title = "Divergence"
+    def __init__(self,
+        log:DivergenceLog, # Of `log_ground_truth`
+        run:str="dense", # Whose token is chosen: `dense` or `compressed`
+        step:int|None=None, # Default: the first difference, else the first token
+    ):
+        super().__init__()
+        if not log.steps: raise ValueError("this log has no steps; make one with log_ground_truth(model, tokenizer, prompt)")
+        self.log, self.run, self.step, self.buttons = log, run, (log.first or 0) if step is None else step, {}
+
+    def tokens(self, run:str) -> list[tuple[str, float, bool]]: # Text, KL in nats, and whether the other run chooses another token there
+        "One continuation."
+        if run == "dense": return [(self.log.pieces[s.token], s.kl, s.rank > 0) for s in self.log.steps]
+        return [(self.log.pieces[t], kl, i >= len(self.log.dense) or t != self.log.dense[i]) for i, (t, kl) in enumerate(zip(self.log.free, self.log.free_kl))]
+
+    def spans(self, run:str) -> str: # HTML
+        "One continuation as coloured text."
+        out = []
+        for i, (piece, kl, differs) in enumerate(self.tokens(run)):
+            line = "outline:2px solid #0072B2;" if (run, i) == (self.run, self.step) else ""
+            out.append(f"<span title='step {i}: {kl:.4f} nats' style='background:{kl_colour(kl)};color:#000;{line}padding:1px 2px;margin:1px;display:inline-block'>{'≠' if differs else ''}{html.escape(visible(piece))}</span>")
+        return "".join(out)
+
+    def alternatives(self) -> tuple[list, list]: # Text and probability, dense and compressed
+        "Most probable tokens at the chosen place, or the chosen token alone where no more was logged."
+        s, pieces = self.log.steps[min(self.step, len(self.log.steps) - 1)], self.log.pieces
+        shared = self.run == "dense" or self.log.first is None or self.step <= self.log.first
+        if shared: return tuple([(pieces[t], p) for t, p in top] for top in (s.dense_top, s.compressed_top))
+        return tuple([(pieces[self.log.free[self.step]], p)] for p in self.log.free_probs[self.step])
+
+# %% ../nbs/08_widgets.ipynb #5cc1963e
+@patch
+def summary(self:DivergenceExplorer):
+    log = self.log
+    (piece, kl, differs), legend = self.tokens(self.run)[self.step], "".join(f"<span style='background:{kl_colour(10.**e)};color:#000;padding:0 .5em'>{10.**e:g}</span>" for e in (-3, -2, -1, 0))
+    runs = "" if self.buttons else "".join(f"<p><b>{name}</b><br>{self.spans(run)}</p>" for run, name in (("dense", "dense"), ("compressed", html.escape(log.codec))))
+    first = "no token differs" if log.first is None else f"first difference at step {log.first}"
+    return (f"<div role='status'><b>{log.verdict.status}</b>: {html.escape(log.verdict.why)}; {first}. {html.escape(log.cause.text) if log.cause else ''}</div>"
+            f"<div>KL (nats): {legend} ≠: the runs choose differently</div>{runs}"
+            f"<div>chosen: step {self.step} of the {self.run} run, <b>{html.escape(visible(piece))}</b>, {kl:.4f} nats{', another token in the other run' if differs else ''}</div>")
+
+@patch
+def figure(self:DivergenceExplorer):
+    "Divergence over steps, alternatives at the chosen one, and each layer's error there."
+    log, (dense, compressed) = self.log, self.alternatives()
+    fig = make_subplots(rows=2, cols=2, vertical_spacing=.2, specs=[[{"colspan": 2}, None], [{}, {}]],
+                        subplot_titles=["divergence at each step", f"step {self.step}: next token", f"step {self.step}: error of the attention output"])
+    for run, name, colour, symbol in (("dense", "on the dense model's tokens", OKABE_ITO[0], "circle"), ("compressed", "on its own tokens", OKABE_ITO[1], "x")):
+        t = self.tokens(run)
+        fig.add_scatter(x=list(range(len(t))), y=[max(kl, 1e-7) for _, kl, _ in t], text=[visible(p) for p, _, _ in t], name=name, mode="lines+markers", row=1, col=1, line=dict(color=colour, dash="solid" if run == "dense" else "dot"), marker=dict(symbol=symbol), hovertemplate="%{text}<br>%{y:.4f} nats")
+    fig.add_vline(self.step, row=1, col=1, line=dict(dash="dot", color="#555555"))
+    names = list(dict.fromkeys(p for p, _ in (*dense, *compressed)))
+    for name, top, colour, pattern in (("dense", dict(dense), OKABE_ITO[0], ""), (log.codec, dict(compressed), OKABE_ITO[1], "/")):
+        fig.add_bar(y=[visible(p) for p in names], x=[100 * top.get(p, 0) for p in names], name=name, orientation="h", marker=dict(color=colour, pattern=dict(shape=pattern)), row=2, col=1)
+    errors = log.steps[self.step].layer_errors if self.run == "dense" or log.first is None or self.step <= log.first else []
+    fig.add_bar(x=[f"{i}" for i in range(len(errors))], y=[None if e is None else 100 * e for e in errors], marker_color=OKABE_ITO[2], showlegend=False, row=2, col=2)
+    if not any(e is not None for e in errors): fig.add_annotation(text="not recorded", x=.5, y=.5, xref="x3 domain", yref="y3 domain", showarrow=False)
+    fig.update_yaxes(type="log", title="KL (nats)", exponentformat="power", row=1, col=1).update_xaxes(title="step", row=1, col=1)
+    fig.update_xaxes(title="probability (%)", range=[0, 100], row=2, col=1).update_yaxes(title="token", autorange="reversed", type="category", row=2, col=1)
+    fig.update_xaxes(title="layer", type="category", row=2, col=2).update_yaxes(title="relative error (%)", rangemode="tozero", row=2, col=2)
+    return fig.update_layout({**LAYOUT, "height": 620}, legend=dict(orientation="h", y=1.14, x=0))
+
+# %% ../nbs/08_widgets.ipynb #21dd71a3
+@patch
+def make_controls(self:DivergenceExplorer, w):
+    rows = []
+    for run in ("dense", "compressed"):
+        self.buttons[run], tokens = [], self.tokens(run)
+        for i, (piece, kl, differs) in enumerate(tokens):
+            b = w.Button(description=("≠" if differs else "") + visible(piece), tooltip=f"step {i}: {kl:.4f} nats", layout=dict(width="auto", height="auto", margin="1px", padding="0 3px"), style=dict(button_color=kl_colour(kl)))
+            b.on_click(lambda _, run=run, i=i: self.set(run=run, step=i))
+            self.buttons[run].append(b)
+        rows.append(w.VBox([w.HTML(f"<b>{'dense' if run == 'dense' else html.escape(self.log.codec)}</b>"), w.HBox(self.buttons[run], layout=dict(flex_flow="row wrap"))], layout=dict(width="49%")))
+    most = max(len(self.log.steps), len(self.log.free)) - 1
+    return dict(run=w.ToggleButtons(options=["dense", "compressed"], value=self.run, description="run"), step=w.IntSlider(value=self.step, min=0, max=most, description="step", layout=dict(width="24em")),
+                both=w.HBox(rows, layout=dict(width="100%", justify_content="space-between")))
+
+@patch
+def redraw(self:DivergenceExplorer):
+    "Draw the chosen place, and put a frame around its button."
+    super(DivergenceExplorer, self).redraw()
+    for run, buttons in self.buttons.items():
+        for i, b in enumerate(buttons): b.layout.border = "2px solid #0072B2" if (run, i) == (self.run, self.step) else "2px solid transparent"
 
 # %% ../nbs/08_widgets.ipynb #eca090d4
 @dataclass

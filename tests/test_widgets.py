@@ -2,6 +2,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from spectral_nb.diagnostics import log_ground_truth
 from spectral_nb.integration import spectral
 from spectral_nb.needle import Needle
 from spectral_nb.pocket import haystack, load_pocket
-from spectral_nb.widgets import DenseTwin, LiveGeneration, SpectrumExplorer, stream
+from spectral_nb.widgets import AttentionExplorer, DenseTwin, DivergenceExplorer, LiveGeneration, SpectrumExplorer, stream
 
 FACT = Needle("the amber lantern", "482913")
 
@@ -39,6 +40,20 @@ def live(pocket, prompt):
 @pytest.fixture(scope="module")
 def spectra(pocket, prompt):
     out = SpectrumExplorer(*pocket, prompt, layer=2)
+    out.widget()
+    return out
+
+
+@pytest.fixture(scope="module")
+def attention(pocket, prompt):
+    out = AttentionExplorer(*pocket, prompt, codec="spectral:16x", needle=FACT.statement, new_tokens=8)
+    out.widget()
+    return out
+
+
+@pytest.fixture(scope="module")
+def divergence(pocket, prompt):
+    out = DivergenceExplorer(log_ground_truth(*pocket, prompt, codec="spectral:16x", new_tokens=8, expected=FACT.answer))
     out.widget()
     return out
 
@@ -200,22 +215,72 @@ def test_more_bits_cost_more_and_lose_less(spectra):
     assert truncated == sorted(truncated, reverse=True) and all(t == pytest.approx(e, rel=.15) for t, e in zip(truncated, exact))
 
 
-def test_pages_need_nothing(spectra, live, tmp_path):
+def test_attention_controls(attention):
+    "It opens where the needle is looked at, and every control changes the maps."
+    maps = attention.maps()
+    assert maps.dense[attention.step, slice(*attention.needle)].sum() > .5 and "on the needle" in attention.message.value
+    click_through(attention, dict(step=7, head=0, layer=1))
+    maps = attention.maps()
+    assert torch.allclose(maps.dense.sum(-1), torch.ones(8), atol=1e-4) and torch.allclose(maps.compressed.sum(-1), torch.ones(8), atol=1e-4)
+    dense, compressed = (torch.tensor(o["z"]) for o in drawn_heatmaps(attention)[:2])
+    assert dense.shape == compressed.shape == (8, len(drawn_heatmaps(attention)[0]["x"])) and (dense - compressed).abs().max() > .01
+
+
+def drawn_heatmaps(explorer): return [o for o in explorer.figure().to_plotly_json()["data"] if o["type"] == "heatmap"]
+
+
+def test_columns_add_up(attention):
+    "Tokens that share a column: nothing is lost."
+    wide, narrow = (attention.figure(columns=c) for c in (4096, 100))
+    assert sum(wide.data[4].y) == pytest.approx(sum(narrow.data[4].y), rel=1e-4) == pytest.approx(100, rel=1e-3)
+    assert len(narrow.data[4].y) <= 100 and len(wide.data[4].y) == len(attention.ids) + 7
+
+
+def test_a_click_on_a_token(divergence):
+    log, c = divergence.log, divergence.controls
+    assert divergence.step == (log.first or 0) and [len(divergence.buttons[r]) for r in ("dense", "compressed")] == [8, 8]
+    before = drawn(divergence)
+    divergence.buttons["compressed"][7].click()
+    assert (divergence.run, divergence.step, c["run"].value, c["step"].value) == ("compressed", 7, "compressed", 7) and drawn(divergence) != before
+    assert divergence.buttons["compressed"][7].layout.border_top == "2px solid #0072B2" and "transparent" in divergence.buttons["dense"][7].layout.border_top
+    c["run"].value = "dense"
+    c["step"].value = 3
+    assert (divergence.run, divergence.step) == ("dense", 3) and "step 3 of the dense run" in divergence.message.value
+    bars = [o for o in divergence.figure().data if o.type == "bar"]
+    assert sum(bars[0].x) == pytest.approx(100 * sum(p for _, p in log.steps[3].dense_top), rel=.01) # alternatives with the same visible text would share a bar
+    assert list(bars[2].y) == pytest.approx([100 * e for e in log.steps[3].layer_errors])
+
+
+def test_a_log_from_a_file(divergence, tmp_path):
+    divergence.log.to_json(tmp_path / "log.json")
+    again = DivergenceExplorer(type(divergence.log).from_json(tmp_path / "log.json"))
+    assert again.spans("dense").replace("outline:2px solid #0072B2;", "") == divergence.spans("dense").replace("outline:2px solid #0072B2;", "")
+
+
+def test_bad_input(pocket, prompt, divergence):
+    model, tok = pocket
+    with pytest.raises(ValueError, match="'the silver spoon' is not in the prompt"): AttentionExplorer(model, tok, prompt, needle="the silver spoon", new_tokens=1)
+    with pytest.raises(ValueError, match="has no steps"): DivergenceExplorer(replace(divergence.log, steps=[]))
+    with pytest.raises(AttributeError, match="no state 'layers_'"): divergence.set(layers_=3)
+
+
+def test_pages_need_nothing(spectra, attention, divergence, live, tmp_path):
     live.set(max_new_tokens=2)
     live.run()
-    for explorer in (spectra, live):
+    for explorer in (spectra, attention, divergence, live):
         page = explorer.to_html(tmp_path / "page.html")
         assert (tmp_path / "page.html").read_text() == page and not re.search(r"<(script|link)[^>]+(src|href)=", page)
         assert explorer.title in page and page.count("plotly-graph-div") == 1
 
 
-def test_figures_say_what_they_show(spectra, live):
+def test_figures_say_what_they_show(spectra, attention, divergence, live):
     live.set(max_new_tokens=2)
     live.run()
-    for explorer in (spectra, live):
+    for explorer in (spectra, attention, divergence, live):
         layout = explorer.figure().to_plotly_json()["layout"]
         titles = {k: v.get("title", {}).get("text") for k, v in layout.items() if re.match(r"[xy]axis", k)}
-        assert all(titles.values()) or set(k for k, v in titles.items() if not v) <= {"yaxis3"}, titles
+        hidden = {k for k, v in layout.items() if re.match(r"[xy]axis", k) and (v.get("showticklabels") is False)}
+        assert {k for k, v in titles.items() if not v} <= hidden | ({"yaxis3"} if explorer is spectra else set()), titles # rows of the heat map say "layer 0"
 
 
 def test_without_ipywidgets():
