@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'softmax_attention', 'causal_mask', 'dense_attention', 'attend', 'padding_of', 'spectral_attention_forward',
-           'output_gram', 'sample_queries', 'prompt_importance']
+           'output_gram', 'sampled_rows', 'sample_queries', 'prompt_importance']
 
 # %% ../nbs/04_attention.ipynb #fed5f11d
 import torch
@@ -168,19 +168,26 @@ def output_gram(
     W = W / size
     return (W.mT @ W).float() * size.float() ** 2
 
-# %% ../nbs/04_attention.ipynb #42dca9e7
+# %% ../nbs/04_attention.ipynb #cd88807f
+def sampled_rows(
+    n:int, # Queries of the call
+    groups:int, # Query heads a key head
+    device:torch.device,
+    most:int=256, # Queries a key head: heads of a group share them, but no head has fewer than 32
+) -> Tensor: # Integers `[m]`
+    "Which queries of a call stand for those to come: some of its second half."
+    return torch.linspace(n // 2, n - 1, min(max(32, most // groups), n - n // 2), device=device).long()
+
 def sample_queries(
     module,
     query:Tensor, # **post-RoPE** `[B, heads, n, D]`
     start:int, # Slot of the first
     scaling:float,
     softcap:float|None=None,
-    most:int=256, # Queries a key head: heads of a group share them, but no head has fewer than 32
     groups:int=1, # Query heads a key head
 ) -> Sample:
     "Queries of a call that stand for those to come."
-    n, most = query.shape[2], max(32, most // groups)
-    at = torch.linspace(n // 2, n - 1, min(most, n - n // 2), device=query.device).long()
+    at = sampled_rows(query.shape[2], groups, query.device)
     v_dim = getattr(module, "v_head_dim", query.shape[3])
     return Sample(query[:, :, at].clone(), start + at, output_gram(module, query.shape[1], v_dim, query.device), scaling, softcap)
 

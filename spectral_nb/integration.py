@@ -9,7 +9,7 @@ __all__ = ['log', 'FAST_TYPES', 'GENERATE_REFUSED', 'DECODE_ARGS', 'LOOP_ARGS', 
            'received_attention', 'check_unsloth', 'clone_with', 'decode_forward', 'stand_in', 'patch_unsloth_attention',
            'unpatch_unsloth_attention', 'spectral']
 
-# %% ../nbs/06_integration.ipynb #3bd1773c
+# %% ../nbs/06_integration.ipynb #088e0942
 import copy, functools, importlib, inspect, json, logging, types
 from collections import deque
 from contextlib import contextmanager, nullcontext
@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .attention import attend, causal_mask, dense_attention, output_gram, padding_of, softmax_attention
+from .attention import attend, causal_mask, dense_attention, output_gram, padding_of, sampled_rows, softmax_attention
 from . import calibrate
 from .cache import CompressedStates, SpectralCache, SpectralLayer
 from .codec import SpectralConfig
@@ -166,7 +166,7 @@ def keep_mask(
     mask = mask[..., -n:, -kv:].bool()
     return mask if own is None else mask & own
 
-# %% ../nbs/06_integration.ipynb #e0f12d08
+# %% ../nbs/06_integration.ipynb #c66d4c77
 class SpectralPatch:
     "What `patch_unsloth_attention` put into one model."
     def __init__(self,
@@ -178,7 +178,7 @@ class SpectralPatch:
         debug_logging:bool=False, # Log every call of every layer, and keep a trace
         verbose:bool=False, # Print what was patched, and a line after each `generate`
     ):
-        self.model, self.saved, self.given, self.filling, self.rows = model, [], None, None, None
+        self.model, self.saved, self.given, self.filling, self.rows, self.step_rows, self.turn_in_place = model, [], None, None, None, None, None
         self.text, self.route = model.config.get_text_config(decoder=True), model_route(model)
         self.table, self.checked, self.forwards, self.report = rope_table(self.text), False, 0, None
         self.watching, self.last, self.plan, self.linear, self.layer_weights = False, None, None, None, None
@@ -259,7 +259,7 @@ def count(self:SpectralPatch,
         self.trace.append(dict(phase="decode" if decode else "prefill", layer=idx, tokens=tokens, length=length, by=by))
         log.debug("%s layer %d: %d new tokens, %d held, by %s", "decode" if decode else "prefill", idx, tokens, length, by)
 
-# %% ../nbs/06_integration.ipynb #5c4d4aa7
+# %% ../nbs/06_integration.ipynb #6134836f
 @patch
 def rope_rows(self:SpectralPatch,
     position_ids:Tensor, # `[n]` or `[B, n]`, or more columns of which the last are the new tokens
@@ -267,11 +267,27 @@ def rope_rows(self:SpectralPatch,
 ) -> tuple[Tensor, Tensor]: # `[B or 1, 1, n, D]` float32
     "Cosines and sines of new tokens, computed once for all layers of a call."
     if self.rows is None or self.rows[0] is not position_ids:
-        p = position_ids[None] if position_ids.ndim == 1 else position_ids
-        self.rows = position_ids, *(torch.cat([o, o], -1)[:, None] * self.table.scaling for o in self.table(p[:, -n:].long()))
+        p = (position_ids[None] if position_ids.ndim == 1 else position_ids)[:, -n:].long()
+        table = self.table if n > 1 else self.table.rows
+        self.rows, self.step_rows = (position_ids, *(torch.cat([o, o], -1)[:, None] * self.table.scaling for o in table(p))), None
     return self.rows[1:]
 
-# %% ../nbs/06_integration.ipynb #8a7095df
+# %% ../nbs/06_integration.ipynb #0c895349
+@patch
+def turn(self:SpectralPatch,
+    q:Tensor, # **pre-RoPE** `[B, heads, n, D]`
+    k:Tensor, # **pre-RoPE** `[B, kv_heads, n, D]`
+    rows:tuple[Tensor, Tensor], # Cosines and sines, as `rope_rows` returns them
+) -> tuple[Tensor, Tensor]: # **post-RoPE**
+    "Turn queries and keys of new tokens."
+    B, n = len(q), q.shape[2]
+    if self.turn_in_place is not None and n == 1 and q.is_cuda:
+        if self.step_rows is None: # a table with one row for each row of the batch; the kernel wants two rows at least
+            self.step_rows = *(o[:, 0, 0].to(q.dtype).expand(max(B, 2), -1).contiguous() for o in rows), torch.arange(B, dtype=torch.int32, device=q.device)
+        if self.turn_in_place(q, k, *self.step_rows): return q, k
+    return rotate(torch.cat([q, k], 1), *rows).split([q.shape[1], k.shape[1]], 1)
+
+# %% ../nbs/06_integration.ipynb #ba3bdfd9
 @patch
 def attention(self:SpectralPatch,
     attn, # Attention module
@@ -285,7 +301,7 @@ def attention(self:SpectralPatch,
     n, layer, softcap = hidden_states.shape[1], states.layer, getattr(attn, "attn_logit_softcapping", None)
     q, k, v = project(attn, hidden_states, linear)
     rows = self.rope_rows(position_ids, n)
-    q, k = (rotate(o, *rows) for o in (q, k))
+    q, k = self.turn(q, k, rows)
     self.observe(attn, layer, hidden_states, rows)
     kv, device = layer.get_seq_length() + n, q.device
     if isinstance(layer, SpectralLayer) and self.use_spectral_attention:
@@ -313,19 +329,18 @@ def some_queries(
     if hasattr(attn, "q_norm"): q = attn.q_norm(q)
     return rotate(q.transpose(1, 2), *(o[:, :, at] for o in rows))
 
-# %% ../nbs/06_integration.ipynb #9f46ada2
+# %% ../nbs/06_integration.ipynb #9debe5e1
 @patch
 def observe(self:SpectralPatch,
     attn, # Attention module
     layer, # Its layer of the cache
     hidden_states:Tensor, # Input of the attention module `[B, n, hidden]`
     rows, # Cosines and sines of all `n` tokens
-    most:int=128, # Queries
 ):
     "Show queries of a call's second half to a layer that still has bases to fit."
     if not getattr(layer, "wants_queries", False): return
     n, start, old = hidden_states.shape[1], layer.get_seq_length(), layer.sample
-    at = torch.linspace(n // 2, n - 1, min(most, n - n // 2), device=hidden_states.device).long()
+    at = sampled_rows(n, attn.num_key_value_groups, hidden_states.device)
     q = some_queries(attn, hidden_states, rows, at)
     with storing(), torch.autocast(q.device.type, enabled=False):
         gram = output_gram(attn, q.shape[1], q.shape[3], q.device) if old is None else old.gram
@@ -506,7 +521,7 @@ def call(self:SpectralPatch,
             raise RuntimeError(f"attention of layer {i} ran {self.prefill[i] + self.decode[i] - reached[i]} times in one call of the model, expected once")
     return out
 
-# %% ../nbs/06_integration.ipynb #6f25c48c
+# %% ../nbs/06_integration.ipynb #44f2d96e
 def _fast_forward(self, *args, **kwargs):
     "Stands for `forward` of a model on Unsloth's fast path."
     patched, stock = self._spectral
@@ -527,7 +542,7 @@ def _fast_forward(self, *args, **kwargs):
     if positions is not None:
         if positions.ndim == 1: positions = positions[:, None] if n == 1 and len(positions) == B else positions[None]
         kwargs["position_ids"] = positions[:, -n:]
-    patched.default_positions = torch.arange(held, held + n, device=device)[None]
+    if positions is None: patched.default_positions = torch.arange(held, held + n, device=device)[None]
     if not held:
         patched.set_padding(cache, mask)
         patched.spare_mask(kwargs, n)
@@ -539,7 +554,7 @@ def _fast_forward(self, *args, **kwargs):
             if patched.plan == "A": run = lambda: patched.decode_forward(self, **kwargs)
             else: kwargs |= dict(input_ids=None, inputs_embeds=self.get_input_embeddings()(ids))
     try: out = patched.call(run, cache, n)
-    finally: patched.filling = patched.rows = patched.default_positions = None
+    finally: patched.filling = patched.rows = patched.step_rows = patched.default_positions = None
     out.past_key_values = cache
     return out.to_tuple() if as_tuple else out
 
@@ -666,7 +681,7 @@ def hook(self:SpectralPatch, module, f):
     self.set(module, "_spectral", (self, stock))
     self.set(module, slot, stand_in(stock, f, module))
 
-# %% ../nbs/06_integration.ipynb #6cfd0eb0
+# %% ../nbs/06_integration.ipynb #0aa98f22
 @patch
 def install(self:SpectralPatch):
     "Put the hooks in."
@@ -678,7 +693,8 @@ def install(self:SpectralPatch):
         if moved and self.plan == "A": raise RuntimeError(f"plan A is not possible with this Unsloth: {'; '.join(moved)}")
         if moved: log.warning("decode runs through plan B (correct, but without Unsloth's own decode loop), because of changes in Unsloth: %s", "; ".join(moved))
         if self.plan == "A":
-            self.linear = getattr(importlib.import_module("unsloth.models.llama"), "fast_linear_forward", None)
+            L = importlib.import_module("unsloth.models.llama")
+            self.linear, self.turn_in_place = (getattr(L, name, None) for name in ("fast_linear_forward", "decode_rope_inplace"))
             self.decode_forward = decode_forward(self.text.model_type, _decode_attention)
         for layer in model.model.layers: self.hook(layer.self_attn, _attention_hook)
         self.hook(model, _fast_forward)
