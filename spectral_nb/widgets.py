@@ -33,7 +33,7 @@ from .diagnostics import LAYOUT, OKABE_ITO, AttentionCall, AttentionMaps, Cached
 from .evaluate import kl_divergence
 from .integration import base_model, some_queries, spectral
 from .rope import rope_table, unapply_rope
-from .spectral import GROUP, Coded, Layout, Pool, Spectrum, allocate, spectrum
+from .spectral import GROUP, Coded, Layout, Pool, Spectrum, allocate, moments, spectrum
 
 # %% ../nbs/08_widgets.ipynb #9fd82ad8
 def ipywidgets_module():
@@ -188,7 +188,7 @@ def states(self:SpectrumExplorer,
 @patch
 def bases(self:SpectrumExplorer, kind:str) -> list[Spectrum]: # One a layer
     "Principal components of a kind of states, about their mean."
-    def fit(x): return spectrum(x, torch.ones_like(x[..., :1]), torch.eye(x.shape[-1], device=x.device).expand(*x.shape[:2], -1, -1), ridge=0.)
+    def fit(x): return spectrum(*moments(x, torch.ones_like(x[..., :1])), torch.eye(x.shape[-1], device=x.device).expand(*x.shape[:2], -1, -1), ridge=0.)
     return self.remembered(kind, lambda: [fit(self.states(kind, i)) for i in range(len(self.layers))])
 
 @patch
@@ -210,7 +210,7 @@ def code(self:SpectrumExplorer, bits:float) -> tuple[float, int]: # Relative err
     def fit():
         x = self.states(self.kind, self.layer)
         one = torch.ones_like(x[..., :1])
-        coded = Coded.fit(self.bases(self.kind)[self.layer], x, one, one, self.layouts(bits)[self.layer])
+        coded = Coded.fit(self.bases(self.kind)[self.layer], x, one, one / one.shape[2], self.layouts(bits)[self.layer])
         errors = (x - coded.states()).norm(dim=(-2, -1)) / x.norm(dim=(-2, -1))
         return errors[0].tolist(), sum(t.untyped_storage().nbytes() for t in coded.tensors().values()) // x.shape[1]
     errors, nbytes = self.remembered((self.kind, self.rank, bits, self.layer), fit)
