@@ -7,7 +7,7 @@ __all__ = ['PAGE', 'KINDS', 'BUSY', 'TIER_COLOURS', 'ipywidgets_module', 'in_ker
            'dense_layers', 'SpectrumExplorer', 'find_tokens', 'fast_calls', 'AttentionExplorer', 'kl_colour', 'visible',
            'DivergenceExplorer', 'LiveStep', 'DenseTwin', 'EachToken', 'stream', 'LiveGeneration']
 
-# %% ../nbs/08_widgets.ipynb #9fe0a7de
+# %% ../nbs/08_widgets.ipynb #070d1571
 import html
 import json
 import sys
@@ -22,6 +22,7 @@ from time import perf_counter
 from types import SimpleNamespace
 from weakref import WeakSet
 
+import numpy as np
 import plotly.graph_objects as go
 import torch
 from fastcore.basics import patch
@@ -171,7 +172,7 @@ class SpectrumExplorer(Explorer):
         if name not in self.known: self.known[name] = f()
         return self.known[name]
 
-# %% ../nbs/08_widgets.ipynb #548667d1
+# %% ../nbs/08_widgets.ipynb #66a5619b
 @patch
 @torch.no_grad()
 def states(self:SpectrumExplorer,
@@ -210,7 +211,7 @@ def code(self:SpectrumExplorer, bits:float) -> tuple[float, int]: # Relative err
     def fit():
         x = self.states(self.kind, self.layer)
         one = torch.ones_like(x[..., :1])
-        coded = Coded.fit(self.bases(self.kind)[self.layer], x, one, one / one.shape[2], self.layouts(bits)[self.layer])
+        coded = Coded.fit(self.bases(self.kind)[self.layer], x, one, one / x.shape[2], self.layouts(bits)[self.layer])
         errors = (x - coded.states()).norm(dim=(-2, -1)) / x.norm(dim=(-2, -1))
         return errors[0].tolist(), sum(t.untyped_storage().nbytes() for t in coded.tensors().values()) // x.shape[1]
     errors, nbytes = self.remembered((self.kind, self.rank, bits, self.layer), fit)
@@ -336,7 +337,7 @@ class AttentionExplorer(Explorer):
         dense, compressed = self.known[self.layer]
         return AttentionMaps(self.layer, self.head, self.slots, dense[self.head], compressed[self.head])
 
-# %% ../nbs/08_widgets.ipynb #2bf0deed
+# %% ../nbs/08_widgets.ipynb #a7e4cd84
 @patch
 def summary(self:AttentionExplorer):
     m, text = self.maps(), "".join(self.pieces[len(self.ids):len(self.ids) + self.step])
@@ -360,16 +361,16 @@ def figure(self:AttentionExplorer,
     x, steps = [width * i for i in range(-(-n // width))], list(range(len(m.queries)))
     fig = make_subplots(rows=4, cols=1, shared_xaxes=True, vertical_spacing=.07, row_heights=[.23, .23, .23, .31],
                         subplot_titles=["dense", f"compressed ({self.codec})", "compressed minus dense", f"step {self.step}"])
-    hover = [[html.escape(repr("".join(self.pieces[i:min(i + width, n)]))) for i in x]] * len(steps)
-    scale = dict(zmin=-4, zmax=0, colorscale="Cividis", hovertemplate="%{text}<br>step %{y}: 10^%{z:.2f}<extra></extra>")
+    scale = dict(zmin=-4, zmax=0, colorscale="Cividis", hovertemplate="token %{x}, step %{y}: 10^%{z:.2f}<extra></extra>")
     for row, p in ((1, m.dense), (2, m.compressed)):
-        fig.add_heatmap(z=binned(p).clamp_min(1e-5).log10().tolist(), x=x, y=steps, text=hover, row=row, col=1, **scale, showscale=row == 1,
+        fig.add_heatmap(z=binned(p).clamp_min(1e-5).log10().numpy(), x=x, y=steps, row=row, col=1, **scale, showscale=row == 1,
                         colorbar=dict(title="attention", tickvals=[-4, -3, -2, -1, 0], ticktext=["0.01 %", "0.1 %", "1 %", "10 %", "100 %"], len=.45, y=.8))
     d = 100 * binned(m.difference)
     top = max(d.abs().max().item(), .01)
-    fig.add_heatmap(z=d.tolist(), x=x, y=steps, text=hover, row=3, col=1, zmin=-top, zmax=top, colorscale="PuOr", colorbar=dict(title="points (%)", len=.24, y=.42), hovertemplate="%{text}<br>step %{y}: %{z:.2f}<extra></extra>")
+    fig.add_heatmap(z=d.numpy(), x=x, y=steps, row=3, col=1, zmin=-top, zmax=top, colorscale="PuOr", colorbar=dict(title="points (%)", len=.24, y=.42), hovertemplate="token %{x}, step %{y}: %{z:.2f} points<extra></extra>")
+    hover = [html.escape(repr("".join(self.pieces[i:min(i + width, n)]))) for i in x]
     for name, p, colour, dash in (("dense", m.dense, OKABE_ITO[0], "solid"), ("compressed", m.compressed, OKABE_ITO[1], "dot")):
-        fig.add_scatter(x=x, y=(100 * binned(p)[self.step]).tolist(), text=hover[0], name=name, row=4, col=1, line=dict(color=colour, dash=dash), hovertemplate="%{text}<br>%{y:.2f} %")
+        fig.add_scatter(x=x, y=(100 * binned(p)[self.step]).numpy(), text=hover, name=name, row=4, col=1, line=dict(color=colour, dash=dash), hovertemplate="%{text}<br>%{y:.2f} %")
     for row in (1, 2, 3): fig.add_hline(self.step, row=row, col=1, line=dict(color="white" if row < 3 else "black", dash="dot", width=1))
     if self.needle:
         for row in (1, 2, 3, 4):
