@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS_FILE', 'repeated_tokens', 'probe_layers', 'fingerprint', 'geometric_mean', 'weights_path', 'layer_weights',
-           'spectral_cache']
+           'spectral_cache', 'check_cache', 'more_bits', 'checked']
 
-# %% ../nbs/04b_calibrate.ipynb #13cadaec
+# %% ../nbs/04b_calibrate.ipynb #e0c17584
+import copy
 import hashlib
+import inspect
 import json
 import os
-from math import exp, log
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+from math import exp, log, log2
 from pathlib import Path
 
 import torch
@@ -140,3 +145,81 @@ def spectral_cache(
     "An empty cache with the model's measured layer weights where the coding uses them."
     config = spectral_config or SpectralConfig(**kwargs)
     return SpectralCache(model.config, config, layer_weights=layer_weights(model) if config.coding == "spectral" else None)
+
+# %% ../nbs/04b_calibrate.ipynb #6f9a6938
+@torch.no_grad()
+def check_cache(
+    model,
+    ids:Tensor, # The prompt that the cache holds, or its last tokens `[B, m]`
+    logits:Tensor, # Exact logits of its last tokens `[B, m, vocab]`
+    cache:SpectralCache, # Not changed
+    **kwargs, # `attention_mask` of the whole prompt, `position_ids`
+) -> Tensor: # KL divergence of the `m` tokens, nats a token `[B]`
+    "What the compressed cache of a prompt costs at the prompt's own last tokens."
+    m = logits.shape[1]
+    if any(not isinstance(o, SpectralLayer) for o in cache.layers): raise ValueError("a cache with sliding-window layers cannot be checked: they have forgotten what the last tokens saw")
+    if m > min(o.hot_length for o in cache.spectral_layers): raise ValueError(f"the last {m} tokens are not all exact any more; check at most {min(o.hot_length for o in cache.spectral_layers)}")
+    past = copy.deepcopy(cache)
+    past.crop(-m)
+    if kwargs.get("position_ids") is not None: kwargs["position_ids"] = kwargs["position_ids"][..., -m:]
+    again = model(ids[:, -m:], past_key_values=past, **kwargs).logits[:, -m:]
+    p, q = (torch.log_softmax(o.float(), -1) for o in (logits, again))
+    return (p.exp() * (p - q)).sum(-1).mean(-1)
+
+# %% ../nbs/04b_calibrate.ipynb #8b43760e
+def more_bits(
+    config:SpectralConfig,
+    kl:float, # Measured
+    max_kl:float, # Wanted
+) -> SpectralConfig: # With a lower ratio, or more bits
+    "The setting at which the measured divergence should come down to what is wanted: it falls with four to the power of bits."
+    extra = .6 * log2(kl / max_kl) + .1
+    if config.bits is not None: return replace(config, bits=min(8., config.bits + extra))
+    return replace(config, ratio=max(1.5, 16 / (16 / (config.ratio or 8.) + extra)))
+
+# %% ../nbs/04b_calibrate.ipynb #6c4786a9
+@contextmanager
+def checked(
+    model, # A causal language model of transformers
+    max_kl:float, # Nats a token, mean over the prompt's last tokens, that the worst row may have
+    tokens:int=32, # Last tokens to check
+    attempts:int=3, # How often a prompt may be read again
+):
+    "While the context lasts, prompts read into a spectral cache get the bits that keep a promise."
+    if max_kl <= 0: raise ValueError(f"max_kl must be above 0, got {max_kl}")
+    names, state = list(inspect.signature(model.forward).parameters), dict(busy=False)
+    def before(module, args, kwargs):
+        if state["busy"]: return
+        kwargs = dict(zip(names, args)) | kwargs
+        past, state["job"] = kwargs.get("past_key_values"), None
+        if (past is None or isinstance(past, SpectralCache) and not past.get_seq_length()) and isinstance(kwargs.get("logits_to_keep", 0), int):
+            state["job"] = kwargs.get("logits_to_keep", 0)
+            if kwargs.get("logits_to_keep"): kwargs["logits_to_keep"] = max(tokens, kwargs["logits_to_keep"])
+        return (), kwargs
+    def after(module, args, kwargs, out):
+        if state["busy"] or state["job"] is None: return
+        keep, past = state["job"], kwargs.get("past_key_values") or getattr(out, "past_key_values", None)
+        if isinstance(past, SpectralCache) and past.spectral_config.coding == "spectral" and any(len(o.cold) for o in past.spectral_layers):
+            state["busy"], kwargs["past_key_values"] = True, past
+            try:
+                ids, extra = kwargs.get("input_ids"), {n: kwargs[n] for n in ("attention_mask", "position_ids") if n in kwargs}
+                if ids is None: raise ValueError("a prompt of embeddings cannot be checked: pass input_ids, or leave max_kl out")
+                measure = lambda: check_cache(model, ids, out.logits[:, -tokens:], past, **extra).max().item()
+                first, kl = (past.ratio, measure()), None
+                for i in range(attempts):
+                    if (kl := measure() if i else first[1]) <= max_kl: break
+                    past.spectral_config = more_bits(past.spectral_config, kl, max_kl)
+                    for o in past.spectral_layers: o.config = past.spectral_config
+                    past.reset()
+                    with torch.no_grad(): model(**kwargs)
+                else: kl = measure()
+                if first[1] > max_kl:
+                    kept = "" if kl <= max_kl else ", which does not keep it either"
+                    warnings.warn(f"a ratio of {first[0]:.2f} costs this prompt a KL of {first[1]:.3g}, more than max_kl={max_kl:g}; it was coded again at {past.ratio:.2f}, KL {kl:.3g}{kept}")
+            finally: state["busy"] = False
+        if keep: out.logits = out.logits[:, -keep:]
+        return out
+    handles = model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after, with_kwargs=True)
+    try: yield
+    finally:
+        for h in handles: h.remove()

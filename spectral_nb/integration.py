@@ -774,19 +774,22 @@ def unpatch_unsloth_attention(
     "Take everything back; a model that is not patched stays as it is."
     if (old := base_model(model).__dict__.get("_spectral_patch")) is not None: old.remove()
 
-# %% ../nbs/06_integration.ipynb #6b8066df
+# %% ../nbs/06_integration.ipynb #844e7e09
 @contextmanager
 def spectral(
     model, # As in `patch_unsloth_attention`
     ratio:float|None=None,
+    max_kl:float|None=None, # Read prompts again with more bits where their last tokens diverge by more nats than this; see `calibrate.checked`
     **kwargs, # As in `patch_unsloth_attention`
 ):
     "A patched model while the context lasts; before and after it is what it was."
     base = base_model(model)
+    if max_kl is not None and model_route(base) != "transformers": raise ValueError("max_kl cannot be checked inside Unsloth's own inference, which does not give the logits of the last tokens; leave it out, or load the model with transformers")
     outer = base.__dict__.get("_spectral_patch")
     settings, weights = (outer.settings(), outer.layer_weights) if outer else (None, None)
     new = patch_unsloth_attention(model, ratio, **kwargs)
-    try: yield new
+    try:
+        with nullcontext() if max_kl is None else calibrate.checked(base, max_kl): yield new
     finally:
         if outer is None: new.remove()
         else:

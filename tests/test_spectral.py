@@ -172,3 +172,32 @@ def test_pocket_recalls_at_8x(pocket):
     rows = {r["codec"]: r for r in summarize(evaluate(model, tok, ["spectral:8x", "rank:16/32"], haystack("report"), 2048, trials=1, codes=5, continuation=64, progress=False), 2048)}
     assert rows["spectral:8x"]["recall"] == 1 and rows["rank:16/32"]["recall"] < 1
     assert rows["spectral:8x"]["ratio"] > 2 * rows["rank:16/32"]["ratio"]
+
+
+def test_a_promise_is_kept_or_said(pocket):
+    "Through generate of a patched model: more bits and a warning where the divergence asks for them, silence where not."
+    from spectral_nb.integration import spectral
+    model, ids = pocket
+    ids = ids[:, :1100]
+    kw = dict(attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with spectral(model, ratio=8, max_kl=1., exact_dtype="float16") as patched: easy = model.generate(ids, **kw)
+    assert easy.shape[1] == 1102 and abs(patched.report["ratio"] / 8 - 1) < .03
+    with spectral(model, ratio=8, max_kl=.004, exact_dtype="float16") as patched, pytest.warns(UserWarning, match="it was coded again at"): model.generate(ids, **kw)
+    assert patched.report["ratio"] < 7
+    with torch.no_grad(): assert model(ids, logits_to_keep=1).logits.shape[1] == 1 and not model._forward_hooks
+
+
+def test_a_check_leaves_the_cache_as_it_is(pocket):
+    from spectral_nb.calibrate import check_cache, checked, spectral_cache
+    model, ids = pocket
+    cache = spectral_cache(model, ratio=6, exact_dtype="float16")
+    with torch.no_grad(), attention_implementation(model):
+        logits = model(ids[:, :900], past_key_values=cache, logits_to_keep=16).logits
+        before = cache.layers[0].get_kv()
+        assert 0 < check_cache(model, ids[:, :900], logits, cache).item() < .1
+        assert cache.get_seq_length() == 900 and torch.equal(cache.layers[0].get_kv()[0], before[0])
+        with pytest.raises(ValueError, match="not all exact"): check_cache(model, ids, model(ids[:, :900], logits_to_keep=600).logits, cache)
+        with checked(model, .5): assert model(ids[:, :900], past_key_values=spectral_cache(model, ratio=6), logits_to_keep=1).logits.shape[1] == 1
+    with pytest.raises(ValueError, match="above 0"), checked(model, 0.): pass
