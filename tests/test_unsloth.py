@@ -159,6 +159,14 @@ def test_patching_changes_no_class_and_no_module(llama):
     assert identities() == now
 
 
+def test_contamination_check_of_the_diagnostics(llama):
+    "It finds what the patch replaces, all of it on this model's instances, and no copy of a replaced function elsewhere."
+    from spectral_nb.tracing import check_import_contamination
+    report = check_import_contamination(llama)
+    assert report.verdict.status == "ok" and not report.stale and not report.left
+    assert report.changes and all(r["where"].startswith("model.") for r in report.changes)
+
+
 # --- nothing lost: same tokens and logits as plain transformers
 
 @pytest.mark.parametrize("plan", ["A", "B"])
@@ -208,7 +216,7 @@ def test_beam_search(name):
 
 
 @pytest.mark.parametrize("plan", ["A", "B"])
-@pytest.mark.parametrize("name", ["llama", "mistral", "mistral_window", "qwen3", "gemma2"])
+@pytest.mark.parametrize("name", FAST)
 def test_turns_on_a_returned_cache(name, plan):
     model, first, second = loaded(name), prompt(1, 120)["input_ids"], prompt(1, 60, seed=1)["input_ids"]
     def turns(m):
@@ -221,7 +229,7 @@ def test_turns_on_a_returned_cache(name, plan):
     assert got.past_key_values.get_seq_length() == 120 + 20 + 60 + 20 - 1
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "mistral_window", "gemma2"])
+@pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_chunked_prefill(name, batch):
     "By hand, outside inference mode, without position ids; then one step of decoding."
@@ -246,12 +254,47 @@ def test_generate_with_prefill_chunk_size(llama):
     assert torch.equal(got.sequences, want.sequences)
 
 
-def test_sampling(llama):
+@pytest.mark.parametrize("name", FAST)
+def test_sampling(name):
+    model = loaded(name)
     def sample():
         torch.manual_seed(0)
-        return generate(llama, prompt(3), do_sample=True, temperature=.8, top_p=.9).sequences
+        return generate(model, prompt(3), do_sample=True, temperature=.8, top_p=.9).sequences
     want = sample()
-    with spectral(llama, spectral_config=lossless(llama)): assert torch.equal(sample(), want)
+    assert not torch.equal(want, generate(model, prompt(3)).sequences)
+    with spectral(model, spectral_config=lossless(model)): assert torch.equal(sample(), want)
+
+
+def test_without_an_attention_mask(llama):
+    ids = prompt(1)["input_ids"]
+    want = generate(reference("llama"), prompt(1))
+    with spectral(llama, spectral_config=lossless(llama)): got = generate(llama, dict(input_ids=ids))
+    assert torch.equal(got.sequences, want.sequences) and difference(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("plan", ["A", "B"])
+def test_autocast_and_inference_mode_by_hand(plan):
+    "A cache that was begun in inference mode under autocast goes on outside of both, and the other way round; no arithmetic of the cache is autocast."
+    model = load(checkpoint("llama"), torch.float32)
+    ids, steps = prompt(1)["input_ids"], []
+    modes = dict(plain=lambda: torch.no_grad(), inference=lambda: torch.inference_mode(), autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    def run(first, then):
+        past = None
+        for mode, (a, b) in zip((first, then, first), ((0, 60), (60, 149), (149, 150))):
+            with torch.no_grad(), modes[mode](): out = model(input_ids=ids[:, a:b], past_key_values=past, use_cache=True)
+            past = out.past_key_values
+        return out.logits[:, -1].float(), past
+    want = reference("llama")(ids).logits[:, -1]
+    error = lambda got: ((got - want).abs().max() / want.abs().max()).item()
+    with spectral(model, spectral_config=lossless(model), plan=plan):
+        for first, then in (("plain", "inference"), ("inference", "plain")):
+            assert error(run(first, then)[0]) < 1e-5
+        for first, then in (("autocast", "plain"), ("plain", "autocast"), ("autocast", "autocast")):
+            got, past = run(first, then)
+            assert error(got) < .1
+            for layer in past.cache.spectral_layers:
+                basis = layer.cold.keys.basis.float()
+                assert (basis @ basis.mT - torch.eye(basis.shape[-1])).abs().max() < 1e-4, "bases were fitted under autocast"
 
 
 def test_rebuilt_states_give_the_same(llama):
@@ -281,14 +324,32 @@ def test_half_precision(dtype):
     assert all(t.dtype == model.dtype for t in (got.past_key_values.layers[0].landmark_keys, got.past_key_values.layers[0].get_kv()[0]))
 
 
-def test_lora():
-    model = FastLanguageModel.get_peft_model(load(checkpoint("mistral")), r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], use_gradient_checkpointing=False)
+def test_bfloat16(monkeypatch):
+    "On a device that Unsloth takes to support it."
+    rebound = unsloth_cpu.rebind("SUPPORTS_BFLOAT16", True)
+    try: model = load(checkpoint("qwen2"), torch.bfloat16)
+    finally: unsloth_cpu.rebind("SUPPORTS_BFLOAT16", False)
+    assert rebound and model.dtype == torch.bfloat16
+    stock = generate(model, prompt(3), max_new_tokens=8)
+    for plan in ("A", "B"):
+        with spectral(model, spectral_config=lossless(model), plan=plan) as patched: got = generate(model, prompt(3), max_new_tokens=8)
+        assert patched.decode == [7, 7]
+        assert ((got.logits[1] - stock.logits[1]).abs().max() / stock.logits[1].abs().max()).item() < .05
+        layer = got.past_key_values.layers[0]
+        assert layer.landmark_keys.dtype == layer.get_kv()[0].dtype == torch.bfloat16
+    with spectral(model, coding="spectral", bits=6, fit_length=144, hot_buffer_size=16): got = generate(model, prompt(3), max_new_tokens=8)
+    assert torch.isfinite(torch.stack(got.logits)).all() and len(got.past_key_values.layers[0].cold) == 128
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3", "gemma2"])
+def test_lora(name):
+    model = FastLanguageModel.get_peft_model(load(checkpoint(name)), r=4, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], use_gradient_checkpointing=False)
     with torch.no_grad():
         for n, p in model.named_parameters():
             if "lora_B" in n: p.normal_(0, .05)
     FastLanguageModel.for_inference(model)
     inputs = prompt(3)
-    plain = generate(reference("mistral"), inputs)
+    plain = generate(reference(name), inputs)
     want = generate(model, inputs)
     for plan in ("A", "B"):
         with spectral(model, spectral_config=lossless(model), plan=plan) as patched: got = generate(model, inputs)
@@ -374,9 +435,11 @@ def test_recall_on_the_pocket_model(kind, codec):
         ids = torch.tensor([t.ids for t, _ in trials])
         out = generate(model, dict(input_ids=ids, attention_mask=torch.ones_like(ids)), max_new_tokens=8, pad_token_id=2)
         return [answer_matches(tok.decode(o[1000:]), n) for o, (_, n) in zip(out.sequences, trials)], out
-    dense, _ = recall()
+    dense, stock = recall()
     assert all(dense), "the dense model itself fails"
     with spectral(model, **CODECS[codec]) as patched: ours, out = recall()
+    a, b = stock.logits[1], out.logits[1] # of the first step that attends to the cache
+    assert 0 < ((a - b).norm(dim=-1) / a.norm(dim=-1)).max() < .1
     if (kind, codec) == ("llama", "spectral"): assert len(patched.layer_weights) == 6, "weights measured beside the checkpoint were not found for the model as Unsloth loaded it"
     assert all(ours)
     assert all(len(o.cold) for o in out.past_key_values.layers)
@@ -479,6 +542,20 @@ def test_triton_kernel_says_when_it_falls_back(llama, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "spectral_nb.kernels", None)
     with caplog.at_level(logging.WARNING), spectral(llama, use_triton_kernel=True) as patched: assert patched.attend is attend
     assert "falls back to PyTorch" in caplog.text
+
+
+def test_triton_kernel_is_taken_and_says_so(llama, monkeypatch, capsys):
+    "With a stand-in for the kernel: every layer of every decode step calls it, for all that it is told."
+    calls = []
+    def kernel(layer, q, k, v, mask=None, scaling=None, softcap=None):
+        calls.append((q.shape, k.shape, mask, scaling, softcap))
+        return attend(layer, q, k, v, mask, scaling, softcap)
+    monkeypatch.setitem(sys.modules, "spectral_nb.kernels", types.SimpleNamespace(attend=kernel))
+    want = generate(reference("llama"), prompt(1))
+    with spectral(llama, spectral_config=lossless(llama), use_triton_kernel=True, verbose=True) as patched: got = generate(llama, prompt(1))
+    assert patched.attend is kernel and "Triton kernel" in capsys.readouterr().out
+    assert torch.equal(got.sequences, want.sequences) and len(calls) == 2 * (NEW - 1)
+    assert set(calls) == {(torch.Size([1, 8, 1, 32]), torch.Size([1, 2, 1, 32]), None, llama.model.layers[0].self_attn.scaling, None)}
 
 
 def test_verbose_and_trace(llama, capsys):
