@@ -189,21 +189,21 @@ def dequantize(codes:Tensor, bits:int) -> Tensor: # Coefficients in steps
     "The middle of a code's cell."
     return codes - (2 ** bits - 1) / 2
 
-# %% ../nbs/02b_spectral.ipynb #ccbb9cca
+# %% ../nbs/02b_spectral.ipynb #dc41adbe
 def decorrelate(
     covariance:Tensor, # `[..., D, D]`
     rank:int|None=None, # Directions wanted; default: all
-    steps:int=4,
+    shifts:tuple=(3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6), # Of each step, over the norm of the matrix
 ) -> tuple[Tensor, Tensor]: # Variances, descending `[..., rank]`, and their directions `[..., D, rank]`, orthonormal
     "Nearly the leading eigenvectors of many matrices at once, by orthogonal iteration."
     D, diagonal = covariance.shape[-1], covariance.diagonal(dim1=-2, dim2=-1)
-    least = 1e-9 * diagonal.mean(-1, keepdim=True) + 1e-30
+    size = covariance.square().sum((-2, -1)).sqrt()[..., None, None].clamp_min(1e-12)
     first = diagonal.argsort(-1, descending=True)[..., :rank]
     Q = torch.zeros(*first.shape[:-1], D, first.shape[-1], device=covariance.device).scatter_(-2, first[..., None, :], 1.)
     eye = torch.eye(first.shape[-1], device=covariance.device)
-    for _ in range(steps):
-        Z = covariance @ Q
-        Z = Z / torch.maximum((Q * Z).sum(-2), least)[..., None, :]
+    for shift in shifts:
+        Z = covariance @ Q + shift * size * Q
+        Z = Z / Z.norm(dim=-2, keepdim=True)
         L = torch.linalg.cholesky_ex(Z.mT @ Z + 1e-6 * eye)[0]
         Q = torch.linalg.solve_triangular(L.mT, Z, upper=True, left=False)
         Q = 1.5 * Q - .5 * Q @ (Q.mT @ Q) # rounding errors of the line above
@@ -575,7 +575,7 @@ class Measured:
     loss:"Loss|None"=None
     layouts:tuple[Layout, Layout]|None=None
 
-# %% ../nbs/02b_spectral.ipynb #83e72b50
+# %% ../nbs/02b_spectral.ipynb #0a9998f5
 @dataclass
 class Segment:
     "Pages that share bases."
@@ -584,16 +584,19 @@ class Segment:
     loss:Loss|None # None where logits are soft-capped
     scaling:float
     limits:tuple # Error of a token's key and value above which the bases no longer fit
+    key_norm:Tensor|None=None # Largest norm of a row of the key basis `[B, H]` float32, where a kernel has asked for it
 
     def __len__(self): return PAGE * self.values.codes.shape[2]
 
     def tensors(self) -> dict[str, Tensor]:
         "What is kept, by name."
         out = {f"{kv}_{n}": t for kv in ("keys", "values") for n, t in getattr(self, kv).tensors().items()}
+        out |= {} if self.key_norm is None else dict(keys_norm=self.key_norm)
         return out | ({} if self.loss is None else dict(keys_loss=self.loss.directions, keys_rest=self.loss.rest))
 
     def map_(self, f):
         "Apply `f` to every tensor."
+        self.key_norm = None
         for o in (self.keys, self.values, self.loss):
             for n, t in (vars(o).items() if o is not None else ()):
                 if isinstance(t, Tensor): setattr(o, n, f(t))
