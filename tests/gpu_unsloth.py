@@ -115,6 +115,7 @@ def parity(args):
             clean()
         try: pocket(rows, dtype, args)
         except Exception as e: rows.add(what="pocket", dtype=dtype, error=repr(e)[:300])
+    return rows
 
 
 def pocket(rows, dtype, args):
@@ -235,6 +236,7 @@ def bench(args):
                 except Exception as e: row |= dict(error=repr(e)[:300])
                 rows.add(**row)
                 clean(model)
+    return rows
 
 
 if __name__ == "__main__":
