@@ -1,7 +1,7 @@
 #!/bin/bash
 # Unsloth tests on a CPU, with the real library in an environment of its own.
 #   tests/run_unsloth.sh [VENV] [pytest arguments]     default VENV: .venv-unsloth
-# About 75 s to make the environment (2 GB, kept for the next run), about 90 s for the tests, two cores.
+# About 75 s to make the environment (2 GB, kept for the next run), about 3 minutes for the tests, two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 VENV=${1:-.venv-unsloth}
