@@ -60,7 +60,7 @@ class CachedRun:
             self.cache = self.codec(self.model) if callable(self.codec) else new_cache(self.codec, self.model)
             self.context = attention_implementation(self.model)
         else:
-            config = parse_spec(self.codec) if isinstance(self.codec, str) else self.codec
+            config = parse_spec(self.codec, exact_dtype="bfloat16" if self.model.dtype == torch.bfloat16 else "float16") if isinstance(self.codec, str) else self.codec
             self.context = nullcontext() if config is None else spectral(self.model, spectral_config=config)
         self.context.__enter__()
         return self
@@ -75,7 +75,7 @@ class CachedRun:
         "Read tokens."
         ids = torch.as_tensor(ids, device=self.model.device).reshape(1, -1)
         at = torch.arange(self.length, self.length + ids.shape[1], device=ids.device)[None]
-        out = self.model(input_ids=ids, past_key_values=self.cache, position_ids=at, use_cache=True)
+        out = self.model(input_ids=ids, past_key_values=self.cache, position_ids=at, use_cache=True, return_dict=True)
         self.cache, self.length = out.past_key_values, self.length + ids.shape[1]
         return out.logits[0, -keep:].float()
 

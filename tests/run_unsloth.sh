@@ -18,4 +18,4 @@ if [ "$(cat "$VENV/stamp" 2>/dev/null)" != "$STAMP" ]; then
     "$VENV/bin/pip" install -q --no-deps -e .
     echo "$STAMP" > "$VENV/stamp"
 fi
-OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest -q tests/test_unsloth.py "$@"
+OMP_NUM_THREADS=1 "$VENV/bin/python" -m pytest -q tests/test_unsloth.py tests/test_unsloth_widgets.py "$@"

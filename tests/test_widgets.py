@@ -294,3 +294,14 @@ except ImportError as e: assert "pip install ipywidgets" in str(e)
 else: raise AssertionError
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_the_front_page_shows_a_generation():
+    "Its lines for a notebook work as they are."
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    code = next(b for b in re.findall(r"^```\w*\n(.*?)^```$", readme, re.S | re.M) if "LiveGeneration" in b)
+    *lines, last = code.strip().splitlines()
+    names = {}
+    exec("\n".join([*lines, f"live = {last}"]), names)
+    names["live"].set(max_new_tokens=2)
+    assert len(names["live"].run().steps) == 2
