@@ -6,7 +6,7 @@
 __all__ = ['CompressedStates', 'Ledger', 'HotTier', 'SpectralLayer', 'check_finite', 'fixed_nbytes', 'fit_layers',
            'SpectralCache']
 
-# %% ../nbs/03_cache.ipynb #cf006b0c
+# %% ../nbs/03_cache.ipynb #7af6eaa4
 import warnings
 from collections import defaultdict
 
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from . import peers  # registers its stores
 from .codec import EXACT_DTYPES, STORES, SpectralConfig
 from .rope import RopeTable, rope_table
-from .spectral import Sample, allocate, anchor_angles, fit_bases, plan, settle
+from .spectral import LOSS_RANK, Sample, allocate, anchor_angles, fit_bases, plan, settle
 
 # %% ../nbs/03_cache.ipynb #7b83970b
 class CompressedStates(torch.Tensor):
@@ -456,7 +456,7 @@ def observe(self:SpectralLayer,
         sample.slots = torch.cat([self.sample.slots, sample.slots])[-most:]
     self.sample = sample
 
-# %% ../nbs/03_cache.ipynb #0948182a
+# %% ../nbs/03_cache.ipynb #d76b1d23
 def fixed_nbytes(
     layer:SpectralLayer,
     n:int, # Tokens about to be coded
@@ -465,7 +465,7 @@ def fixed_nbytes(
     B, H, _, D = layer.landmark_keys.shape
     Dv, hot = layer.landmark_values.shape[-1], layer.hot_length - n
     held = sum(t.untyped_storage().nbytes() for (tier, name), t in layer.tensors().items() if tier != "hot" and name != "queries")
-    return held + B * H * (hot * (D + Dv + 4) + 4 * (D + Dv) + (16 * D + 4 if layer.sample is not None else 0))
+    return held + B * H * (hot * (D + Dv + 4) + 4 * (D + Dv) + (2 * LOSS_RANK * D + 4 if layer.sample is not None else 0))
 
 # %% ../nbs/03_cache.ipynb #d354e094
 @torch.no_grad()

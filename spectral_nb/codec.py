@@ -21,7 +21,7 @@ COEFFICIENTS = dict(int8=torch.int8, float16=torch.float16, float32=torch.float3
 RANK_DEFAULTS = dict(block_size=512, k_rank_keys=16, k_rank_values=32, coefficients="int8", use_attention_weighted_svd=False)
 EXACT_DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
 
-# %% ../nbs/02_codec.ipynb #42c95175
+# %% ../nbs/02_codec.ipynb #2baf9c96
 @dataclass(frozen=True)
 class SpectralConfig:
     "What a spectral cache keeps, and how."
@@ -35,7 +35,7 @@ class SpectralConfig:
     ratio:float|None=None # Dense bytes over all bytes, to be met at the end of the prompt (spectral coding; default 8)
     bits:float|None=None # Instead of `ratio`: mean bits of a coefficient (spectral coding)
     fit_length:int=512 # Tokens a spectral basis is fitted to, at least; fewer stay exact
-    floor:float=0.125 # Bits a coefficient that no layer's keys or values get less than (spectral coding)
+    floor:float=0.125 # Share of the components of each layer's keys and values that get a bit at least (spectral coding)
     drift:float=2. # Error of later pages, over that of the fitted ones, at which bases are fitted again (spectral coding)
     coefficients:str|None=None # int8 with a scale for each component; float16 or float32 to see the basis alone (rank coding; default int8)
     peer_bits:tuple[int, int]|None=None # Bits of keys and values (kivi, hf_int, turbo)

@@ -1,6 +1,8 @@
 "The front page runs top to bottom and still says what is stored; its links lead somewhere."
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from execnb.shell import CaptureShell
@@ -22,11 +24,14 @@ def test_it_runs_and_shows_what_is_stored():
 
 
 def test_pictures_are_of_the_stored_results():
-    import sys
     sys.path.insert(0, str(ROOT / "tools"))
     import pictures
     assert (ROOT / "nbs/images/codecs.svg").read_text() == pictures.codecs(pictures.load("eval_llama_4096.json"))
     assert (ROOT / "nbs/images/training.svg").read_text() == pictures.training([pictures.load("training_llama.json"), pictures.load("training_qwen3.json")])
+
+
+def test_results_notebook_is_made_from_the_stored_results():
+    subprocess.run([sys.executable, ROOT / "tools" / "results.py", "--check"], check=True, cwd=ROOT)
 
 
 def test_relative_links_lead_to_files():

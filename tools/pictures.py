@@ -1,7 +1,14 @@
-"Pictures of the front page and the training notebook, drawn from stored results: nbs/results/*.json -> nbs/images/*.svg"
+"""Pictures of the front page and of notebooks, drawn from stored results: nbs/results/*.json -> nbs/images/*.svg
+
+The plots need kaleido (`pip install kaleido`) and a Chrome or Chromium (`BROWSER_PATH`); the bars and lines of the front page and of training need nothing.
+"""
 import json
+import re
 from html import escape
 from pathlib import Path
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 NBS = Path(__file__).parent.parent / "nbs"
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # Okabe and Ito
@@ -55,13 +62,88 @@ def training(results):
     return svg(width, 490, parts, "Loss falls and recall of codes rises to 100 % within the first minutes")
 
 
+MODELS = dict(llama="Llama, head_dim 128", qwen3="Qwen3, head_dim 64")
+FAMILIES = dict(spectral=(BLUE, "circle"), rank=(GREY, "x"), kivi=(ORANGE, "square"), hf=("#CC79A7", "diamond"), turbo=(GREEN, "triangle-up"))
+
+
+def plot(fig, height=420):
+    "One look for all plots."
+    return fig.update_layout(template="plotly_white", font=dict(family="system-ui, sans-serif", size=14, color="#222222"), width=900, height=height, margin=dict(l=70, r=20, t=70, b=60), legend=dict(orientation="h", y=-.18))
+
+
+def spectra(story):
+    "Singular values of keys and values, one line a layer: what rank coding would have to live on."
+    fig = make_subplots(1, 2, subplot_titles=("keys, before RoPE", "values"), shared_yaxes=True, horizontal_spacing=.04)
+    layers = story["spectra"]["keys"]
+    for col, kind in enumerate(("keys", "values"), 1):
+        for i, curve in enumerate(story["spectra"][kind]):
+            shade = f"rgb({int(0 + 200 * i / len(layers))},{int(114 - 20 * i / len(layers))},{int(178 - 178 * i / len(layers))})"
+            fig.add_scatter(x=list(range(1, len(curve) + 1)), y=curve, mode="lines", line=dict(color=shade), name=f"layer {i}", legendgroup=str(i), showlegend=col == 1, row=1, col=col)
+    fig.update_yaxes(type="log", range=[-3, .05], dtick=1, exponentformat="power").update_yaxes(title="singular value / largest", col=1).update_xaxes(title="component")
+    return plot(fig)
+
+
+def heat(stories, ratio="8"):
+    "Bits of every group of 16 components, layers of both models."
+    fig = make_subplots(1, 4, subplot_titles=[f"{MODELS[m].split(',')[0]}: {kv}" for m in stories for kv in ("keys", "values")], horizontal_spacing=.05)
+    for j, story in enumerate(stories.values()):
+        for k, kv in enumerate(("keys", "values")):
+            z = [row[kv] for row in story["bits"][ratio]]
+            x = [f"{16 * g + 1}-{16 * g + 16}" for g in range(len(z[0]))]
+            fig.add_heatmap(z=z, x=x, y=[f"{i}" for i in range(len(z))], zmin=0, zmax=6, coloraxis="coloraxis", text=z, texttemplate="%{text}", xgap=2, ygap=2, row=1, col=2 * j + k + 1)
+    fig.update_xaxes(type="category", tickangle=-60, tickfont=dict(size=10)).update_yaxes(type="category", autorange="reversed").update_yaxes(title="layer", col=1)
+    fig.update_layout(coloraxis=dict(colorscale=[[0, "#f4f4f4"], [.01, "#dcebf5"], [1, BLUE]], colorbar=dict(title="bits")), title=f"Bits of each group of 16 components, at {ratio} times less memory")
+    return plot(fig, 400)
+
+
+def rate_distortion(stories):
+    "Squared error of values against bits, and what no code can beat."
+    fig = make_subplots(1, 2, subplot_titles=[MODELS[m] for m in stories], shared_yaxes=True, horizontal_spacing=.04)
+    looks = dict(theory=dict(color=GREY, dash="dash"), spectral=dict(color=BLUE))
+    for col, story in enumerate(stories.values(), 1):
+        for i, (name, points) in enumerate(story["distortion"].items()):
+            look = looks.get(name, dict(color=(ORANGE, GREEN)[i % 2]))
+            title = dict(theory="bound for Gaussian components of this spectrum", spectral="spectral coding").get(name, name)
+            fig.add_scatter(x=[p[0] for p in points], y=[p[1] for p in points], mode="lines" if name == "theory" else "lines+markers", line=look, name=title, legendgroup=name, showlegend=col == 1, row=1, col=col)
+    fig.update_yaxes(type="log", dtick=1, exponentformat="power").update_yaxes(title="squared error / variance", col=1).update_xaxes(title="bits a number")
+    return plot(fig.update_layout(title="Values: distortion against rate, mean over layers"))
+
+
+def pareto(results, context):
+    "Bytes against divergence, every codec; open marks lose codes."
+    fig = make_subplots(1, 2, subplot_titles=[MODELS[m] for m in results], shared_yaxes=True, horizontal_spacing=.04)
+    for col, result in enumerate(results.values(), 1):
+        for family, (colour, symbol) in FAMILIES.items():
+            rows = sorted((r for r in result["rows"] if r["codec"].startswith(family)), key=lambda r: r["ratio"])
+            full = [r["recall"] >= .999 * result["rows"][0]["recall"] for r in rows]
+            fig.add_scatter(x=[r["ratio"] for r in rows], y=[r["kl"] for r in rows], mode="lines+markers+text" if family == "spectral" else "markers+text", name=family, legendgroup=family, showlegend=col == 1,
+                            marker=dict(color=colour, size=11, symbol=[symbol if f else f"{symbol}-open" for f in full]), line=dict(color=colour, width=1), row=1, col=col,
+                            text=[r["codec"].split(":")[-1] + ("" if f else f" ({100 * r['recall']:.0f} %)") for r, f in zip(rows, full)], textposition="top center", textfont=dict(size=10, color=colour), cliponaxis=False)
+    fig.update_yaxes(type="log", exponentformat="power", dtick=1).update_yaxes(title="KL from dense, nats a token", col=1).update_xaxes(title="times smaller than dense, all bytes", range=[2, 17.5])
+    n = next(iter(results.values()))["rows"][0]["trials"]
+    return plot(fig.update_layout(title=f"{context} tokens, {n} prompts: open marks lose codes (share given back)"), 480)
+
+
+def save(fig, name):
+    "A plot as SVG, without the random ids that would change it every time."
+    text = fig.to_image("svg").decode()
+    for i, old in enumerate(dict.fromkeys(re.findall(r'id="[a-z]*([0-9a-f]{6})', text))): text = text.replace(old, f"{i:06x}")
+    (NBS / "images" / f"{name}.svg").write_text(text + "\n")
+
+
 def load(name): return json.loads((NBS / "results" / name).read_text())
 
 
-def main():
+def main(plots=True):
     (NBS / "images").mkdir(exist_ok=True)
     (NBS / "images" / "codecs.svg").write_text(codecs(load("eval_llama_4096.json")))
     (NBS / "images" / "training.svg").write_text(training([load("training_llama.json"), load("training_qwen3.json")]))
+    if not plots: return
+    stories = {m: load(f"story_{m}.json") for m in MODELS}
+    save(spectra(stories["llama"]), "spectra")
+    save(heat(stories), "bits")
+    save(rate_distortion(stories), "distortion")
+    save(pareto({m: load(f"eval_{m}_4096.json") for m in MODELS}, 4096), "pareto")
 
 
 if __name__ == "__main__": main()

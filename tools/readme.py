@@ -40,7 +40,7 @@ def readme():
 
 def refresh():
     import pictures
-    pictures.main()
+    pictures.main(plots=False)
     for command in (["nbdev-test", "index.ipynb", "--save"], ["nbdev-clean", "--fname", "index.ipynb"]): subprocess.run(command, check=True, cwd=ROOT)
 
 
