@@ -64,41 +64,53 @@ class Ledger(list):
         rows = "\n".join(f"| {t} | {n:,} | {100 * n / max(self.nbytes, 1):.1f} % |" for t, n in self.total().items())
         return f"| tier | bytes | share |\n|---|---:|---:|\n{rows}\n| **all** | **{self.nbytes:,}** | |"
 
-# %% ../nbs/03_cache.ipynb #93f49edf
+# %% ../nbs/03_cache.ipynb #e6cc7e50
 class HotTier:
     "Recent tokens: keys **post-RoPE** and values, as they are or as int8 with a scale for each token and head."
+    write = None # Rounds one token into its place in fewer launches where a kernel is at hand: `(tier, keys, values, at) -> bool`
+
     def __init__(self,
         keys:Tensor, # `[B, H, n, D]`
         values:Tensor, # `[B, H, n, Dv]`
     ):
-        self.keys, self.values, self.keys_scale, self.values_scale = keys, values, None, None
+        self.keys, self.values, self.keys_scale, self.values_scale, self.n = keys, values, None, None, keys.shape[2]
 
-    def __len__(self): return self.keys.shape[2]
+    def __len__(self): return self.n # Tokens held; the tensors may have room for more
 
     def states(self,
         start:int=0,
         stop:int|None=None,
     ) -> tuple[Tensor, Tensor]: # Keys **post-RoPE** and values
         "Tokens `start` to `stop`."
-        k, v = self.keys[:, :, start:stop], self.values[:, :, start:stop]
+        at = slice(start, self.n if stop is None else min(stop, self.n))
+        k, v = self.keys[:, :, at], self.values[:, :, at]
         if self.keys_scale is None: return k, v
-        return k * self.keys_scale[:, :, start:stop], v * self.values_scale[:, :, start:stop]
+        return k * self.keys_scale[:, :, at], v * self.values_scale[:, :, at]
 
     def append(self,
         keys:Tensor, # **post-RoPE** `[B, H, n, D]`
         values:Tensor,
+        room:int=32, # Tokens to make room for where single tokens come
     ):
         "Add tokens at the end."
+        at, n = self.n, keys.shape[2]
+        if at + n > self.keys.shape[2]:
+            more = room if n == 1 and at else n
+            for name, t in self.tensors().items(): setattr(self, name, torch.cat([t[:, :, :at], t.new_empty(*t.shape[:2], more, t.shape[3])], 2))
+        self.n += n
+        if n == 1 and self.write is not None and self.write(keys, values, at): return
         new = HotTier(keys, values)
         if self.keys_scale is None: new.keys, new.values = keys.to(self.keys.dtype), values.to(self.values.dtype)
         else: new.to_int8(self.keys_scale.dtype)
-        for n, t in new.tensors().items(): setattr(self, n, torch.cat([getattr(self, n), t], 2))
+        for name, t in new.tensors().items(): getattr(self, name)[:, :, at:at + n] = t
 
     def drop(self,
         start:int, # Tokens to forget at the start
         stop:int|None=None, # Forget from here on
     ):
-        "Keep a range of tokens."
+        "Keep a range of tokens, and no room."
+        start, stop = int(start), self.n if stop is None else min(int(stop), self.n)
+        self.n = max(0, stop - start)
         self.map_(lambda t: t[:, :, start:stop].clone())
 
     def to_int8(self,
@@ -106,19 +118,19 @@ class HotTier:
     ):
         "Round to 8 bits, one scale for each token and head; what is rounded already stays."
         if self.keys_scale is not None: return
-        for n in ("keys", "values"):
-            x = getattr(self, n).float()
+        for name in ("keys", "values"):
+            x = getattr(self, name)[:, :, :self.n].float()
             scale = (x.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-6).to(scale_dtype)
-            setattr(self, n, (x / scale.float()).round().clamp(-127, 127).to(torch.int8))
-            setattr(self, n + "_scale", scale)
+            setattr(self, name, (x / scale.float()).round().clamp(-127, 127).to(torch.int8))
+            setattr(self, name + "_scale", scale)
 
     def tensors(self) -> dict[str, Tensor]:
         "What is kept."
-        return {n: t for n, t in vars(self).items() if t is not None}
+        return {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
 
     def map_(self, f):
         "Apply `f` to every tensor."
-        for n, t in self.tensors().items(): setattr(self, n, f(t))
+        for name, t in self.tensors().items(): setattr(self, name, f(t))
 
 # %% ../nbs/03_cache.ipynb #52ed0c77
 class SpectralLayer(CacheLayerMixin):

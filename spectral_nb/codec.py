@@ -21,7 +21,7 @@ COEFFICIENTS = dict(int8=torch.int8, float16=torch.float16, float32=torch.float3
 RANK_DEFAULTS = dict(block_size=512, k_rank_keys=16, k_rank_values=32, coefficients="int8", use_attention_weighted_svd=False)
 EXACT_DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
 
-# %% ../nbs/02_codec.ipynb #2baf9c96
+# %% ../nbs/02_codec.ipynb #f722b3b6
 @dataclass(frozen=True)
 class SpectralConfig:
     "What a spectral cache keeps, and how."
@@ -40,11 +40,12 @@ class SpectralConfig:
     coefficients:str|None=None # int8 with a scale for each component; float16 or float32 to see the basis alone (rank coding; default int8)
     peer_bits:tuple[int, int]|None=None # Bits of keys and values (kivi, hf_int, turbo)
     exact_dtype:str|None=None # Storage of exact tokens; default: the model's own dtype
+    kernel:str="auto" # What attends to the cache: triton, torch, or auto: Triton where it is installed and can
 
     def __post_init__(self):
         ranks, budget = ([n for n in names if getattr(self, n) not in (None, False)] for names in (RANK_DEFAULTS, ("ratio", "bits")))
         if self.coding is None: object.__setattr__(self, "coding", "rank" if ranks else "spectral")
-        for name, known in dict(coding=CODINGS, coefficients=(None, *COEFFICIENTS), exact_dtype=(None, *EXACT_DTYPES)).items():
+        for name, known in dict(coding=CODINGS, coefficients=(None, *COEFFICIENTS), exact_dtype=(None, *EXACT_DTYPES), kernel=("auto", "triton", "torch")).items():
             if getattr(self, name) not in known: raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
         for fields, theirs in ((ranks, "rank"), (budget, "spectral")):
             if fields and self.coding != theirs:

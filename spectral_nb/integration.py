@@ -9,8 +9,9 @@ __all__ = ['log', 'FAST_TYPES', 'GENERATE_REFUSED', 'DECODE_ARGS', 'LOOP_ARGS', 
            'received_attention', 'check_unsloth', 'clone_with', 'decode_forward', 'stand_in', 'patch_unsloth_attention',
            'unpatch_unsloth_attention', 'spectral']
 
-# %% ../nbs/06_integration.ipynb #088e0942
-import copy, functools, importlib, inspect, json, logging, types
+# %% ../nbs/06_integration.ipynb #1830fd08
+import copy, functools, importlib.util, inspect, json, logging, types
+from dataclasses import replace
 from collections import deque
 from contextlib import contextmanager, nullcontext
 
@@ -166,14 +167,14 @@ def keep_mask(
     mask = mask[..., -n:, -kv:].bool()
     return mask if own is None else mask & own
 
-# %% ../nbs/06_integration.ipynb #c66d4c77
+# %% ../nbs/06_integration.ipynb #1d3bfcd7
 class SpectralPatch:
     "What `patch_unsloth_attention` put into one model."
     def __init__(self,
         model, # A causal language model without PEFT wrapper
         config:SpectralConfig, # What caches keep, and how
         use_spectral_attention:bool=True, # Attend to cold tokens in compressed form; False: rebuild them for each step
-        use_triton_kernel:bool=False, # Decode with the Triton kernel where there is one for the device
+        use_triton_kernel:bool|None=None, # Decode with the Triton kernel; default: on a GPU, where Triton is installed
         plan:str|None=None, # "A" or "B" on the fast route; default: A where Unsloth is as expected
         debug_logging:bool=False, # Log every call of every layer, and keep a trace
         verbose:bool=False, # Print what was patched, and a line after each `generate`
@@ -188,6 +189,7 @@ class SpectralPatch:
 
     def configure(self, config, use_spectral_attention, use_triton_kernel, plan, debug_logging, verbose):
         "Settings for caches and calls to come."
+        if use_triton_kernel is not None: config = replace(config, kernel="triton" if use_triton_kernel and importlib.util.find_spec("triton") else "torch")
         self.config, self.use_spectral_attention, self.use_triton_kernel = config, use_spectral_attention, use_triton_kernel
         self.debug_logging, self.verbose, self.wanted_plan = debug_logging, verbose, plan
         self.attend = attend_function(use_triton_kernel, self.say)
@@ -229,12 +231,13 @@ def known_layer_weights(
     path = calibrate.weights_path(model)
     return [tuple(w) for w in json.loads(path.read_text())["weights"]] if path.is_file() else None
 
-# %% ../nbs/06_integration.ipynb #b063ce2c
+# %% ../nbs/06_integration.ipynb #a455edd1
 def attend_function(
-    use_triton_kernel:bool,
+    use_triton_kernel:bool|None, # None: on a GPU
     say=log.info, # Called with a sentence about the choice
 ):
     "The function that attends to the compressed cache."
+    if use_triton_kernel is None: use_triton_kernel = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
     if not use_triton_kernel: return attend
     try: kernel = getattr(importlib.import_module("spectral_nb.kernels"), "attend", None)
     except ImportError: kernel = None
@@ -716,7 +719,7 @@ def remove(self:SpectralPatch):
     if self.route != "fast" and self.text._attn_implementation == "spectral": self.model.set_attn_implementation(self.implementation)
     self.restore()
 
-# %% ../nbs/06_integration.ipynb #a75b9004
+# %% ../nbs/06_integration.ipynb #c5d62c68
 def patch_unsloth_attention(
     model, # Loaded by `FastLanguageModel`, `FastModel` or transformers; with LoRA or without
     ratio:float|None=None, # Bytes of a dense 16-bit cache over bytes kept (spectral coding)
@@ -726,7 +729,7 @@ def patch_unsloth_attention(
     hot_buffer_size:int|None=None,
     landmark_count:int|None=None,
     use_spectral_attention:bool=True, # Attend to cold tokens in compressed form; False: rebuild them for each step
-    use_triton_kernel:bool=False, # Decode with the Triton kernel where there is one for the device
+    use_triton_kernel:bool|None=None, # Decode with the Triton kernel; default: on a GPU, where Triton is installed
     use_attention_weighted_svd:bool|None=None,
     debug_logging:bool=False, # Log every call of every layer, and keep a trace in `.trace`
     verbose:bool=False, # Print what was patched, and a line after each `generate`

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['scratch', 'T4', 'Steps', 'steps_of', 'thread_order', 'prepare', 'decode', 'decode_gemv', 'merge', 'LayoutTables',
            'layout_tables', 'rotary_pairs', 'anchor_table', 'Scratch', 'Tuning', 'interpreted', 'tuning_for',
-           'marked_pages', 'unsupported', 'decode_attention', 'attend']
+           'marked_pages', 'unsupported', 'decode_attention', 'write_hot', 'attend', 'TritonSpectralConfig']
 
-# %% ../nbs/05_kernels.ipynb #d2ef4414
+# %% ../nbs/05_kernels.ipynb #36307313
 import logging
 import warnings
 import weakref
@@ -25,7 +25,7 @@ try:
 except ImportError: triton, tl = None, SimpleNamespace(constexpr=int)
 
 from . import attention
-from .cache import SpectralLayer
+from .cache import HotTier, SpectralLayer
 from .codec import SpectralConfig
 from .rope import RopeTable
 from .spectral import CHUNK, GROUP, KEY_BYTES, PAGE, PLANES, Coded, Layout, SpectralStore
@@ -289,6 +289,26 @@ def prepare(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QS
         at = (pid - exact - biases) // G
         _project(Q, TAB, PAIR, BASIS, SCALE, CI, CF, RMAX, QT, QS, at // (STEPS * 32 // CT), at % (STEPS * 32 // CT), bh * G + (pid - exact - biases) % G, pages, per, rank, scaling,
                  G, N, D, D2, STEPS, PB, CT, HALVES)
+
+# %% ../nbs/05_kernels.ipynb #be9fb1ae
+@jit
+def _write(K, V, HK, HV, HKS, HVS, AT, hot_row:int, D: tl.constexpr, DP: tl.constexpr):
+    bh = tl.program_id(0)
+    d = tl.arange(0, DP)
+    ok = d < D
+    to = bh * hot_row + tl.load(AT)
+    if tl.program_id(1) == 0: x = tl.load(K + bh * D + d, mask=ok, other=0).to(tl.float32)
+    else: x = tl.load(V + bh * D + d, mask=ok, other=0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 0) / 127., 1e-6) + 0. * tl.sum(x, 0)
+    scale = scale.to(HKS.dtype.element_ty)
+    y = x / scale.to(tl.float32)
+    q = ((tl.minimum(tl.maximum(y, -127.), 127.) + 12582912.) - 12582912.).to(tl.int8)
+    if tl.program_id(1) == 0:
+        tl.store(HK + to * D + d, q, mask=ok)
+        tl.store(HKS + to, scale)
+    else:
+        tl.store(HV + to * D + d, q, mask=ok)
+        tl.store(HVS + to, scale)
 
 # %% ../nbs/05_kernels.ipynb #03102ef0
 @jit
@@ -641,7 +661,7 @@ def unsupported(
     if not all(s.keys.layout.rank and s.values.layout.rank for s in layer.cold.segments): return "no component is kept"
     return None
 
-# %% ../nbs/05_kernels.ipynb #1e0d2e9f
+# %% ../nbs/05_kernels.ipynb #02d3d1f8
 @torch.no_grad()
 def decode_attention(
     layer:SpectralLayer, # Past tokens
@@ -652,7 +672,7 @@ def decode_attention(
     scaling:float|None=None, # Factor on scores, default `D ** -0.5`
     softcap:float|None=None,
     tuning:Tuning|None=None, # Default: by the device
-    hot_length:Tensor|None=None, # int32 `[1]` on the device: tokens of the hot tier, where it has more room; default: all
+    hot_length:Tensor|None=None, # int32 `[1]` on the device: tokens of the hot tier; default: as many as it holds now
 ) -> Tensor: # `[B, 1, heads, D]`, dtype of the query
     "One query's attention to a layer, by the kernels."
     dev, t = query_states.device, tuning or tuning_for(query_states.device)
@@ -663,11 +683,12 @@ def decode_attention(
     scaling = D ** -.5 if scaling is None else scaling
     segments, hot = layer.cold.segments, layer.hot
     room = hot.keys.shape[2]
-    hots, E = _ceil(room, t.hot), _ceil(room, t.hot) + 1 + len(segments) - 1
+    hots = _ceil(room, t.hot)
+    E = hots + len(segments)
     f32, i8, asm = torch.float32, torch.int8, not interpreted()
     me, le, ae = scratch("me", dev, f32, BH, E, G), scratch("le", dev, f32, BH, E, G), scratch("ae", dev, f32, BH, E, G, D)
     out = torch.empty(B, 1, heads, D, dtype=q.dtype, device=dev)
-    if hot_length is None: hot_length = _number(room, dev)
+    if hot_length is None: hot_length = _number(len(hot), dev)
     flags = dict(MASKED=mask is not None, CAP=softcap is not None)
     mask, mask_row = (hot_length, 0) if mask is None else (mask, mask.stride(0))
     cap2 = float((softcap or 1.) * LOG2E)
@@ -707,7 +728,23 @@ def decode_attention(
         first += pages
     return out
 
-# %% ../nbs/05_kernels.ipynb #a87df2c4
+# %% ../nbs/05_kernels.ipynb #e34d1240
+def write_hot(
+    tier:HotTier, # int8, with room
+    key_states:Tensor, # New key **post-RoPE** `[B, H, 1, D]`
+    value_states:Tensor, # `[B, H, 1, D]`
+    at:int|Tensor, # Where in the tier; an int32 tensor `[1]` on the device in a CUDA graph
+) -> bool: # Whether it was done
+    "`HotTier.append` of one token in one launch."
+    if triton is None or tier.keys_scale is None or not (key_states.is_cuda or interpreted()) or key_states.shape != value_states.shape: return False
+    if not isinstance(at, Tensor): at = _number(at, key_states.device)
+    B, H, _, D = key_states.shape
+    _write[(B * H, 2)](key_states.contiguous(), value_states.contiguous(), tier.keys, tier.values, tier.keys_scale, tier.values_scale, at, tier.keys.shape[2], D=D, DP=_power(D), num_warps=1)
+    return True
+
+HotTier.write = write_hot
+
+# %% ../nbs/05_kernels.ipynb #415939e1
 _failed = set()
 
 @torch.no_grad()
@@ -734,5 +771,14 @@ def attend(
             if isinstance(e, torch.cuda.OutOfMemoryError): raise
             _failed.add(query_states.device)
             warnings.warn(f"a Triton kernel failed on {query_states.device} ({type(e).__name__}: {str(e)[:200]}); attention falls back to PyTorch, with the same results, slower")
-    elif why not in _failed: _failed.add(why); log.info("attention by PyTorch: %s", why)
+    elif why not in _failed and why != "more than one query":
+        _failed.add(why)
+        (log.warning if layer.config.kernel == "triton" else log.info)("decode attention by PyTorch, not Triton: %s", why)
     return attention.attend(layer, query_states, key_states, value_states, attention_mask, scaling, softcap)
+
+# %% ../nbs/05_kernels.ipynb #f5ac644c
+attention.BACKENDS["triton"] = attend
+
+def TritonSpectralConfig(**kwargs) -> SpectralConfig: # Fields of `SpectralConfig`
+    "Settings that ask for the kernels, and say so in the log where PyTorch has to do."
+    return SpectralConfig(**{**kwargs, "kernel": "triton"})

@@ -44,6 +44,7 @@ def case(B=1, H=2, G=4, D=128, T=700, dtype=torch.float32, bits=2., padding=None
         if i: layer.cold.drifted = 2
         layer.append(*states(T))
     assert len(layer.cold.segments) == segments
+    for _ in range(3): layer.append(*states(1)) # one by one, as decoding does: there is room beyond them
     q = (3 * torch.randn(B, G * H, 1, D, generator=gen)).to(dtype).to(device)
     k, v = (torch.randn(B, H, 1, D, generator=gen).to(dtype).to(device) for _ in range(2))
     mask = None

@@ -1,0 +1,52 @@
+"Run by test_kernels.py without a GPU: every kernel builds for sm_75, sm_80 and sm_90; prints registers, stack and shared memory."
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernel_cases import CASES, case
+from spectral_nb import kernels
+
+TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
+cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+class Compiled:
+    "Stands in for a kernel: a launch compiles it for `arch` and notes what it takes."
+    rows, arch, seen = [], None, set()
+
+    def __init__(self, fn): self.fn = fn
+
+    def __getitem__(self, grid): return self.launch
+
+    def launch(self, *args, num_warps=4, num_stages=3, **kw):
+        sig, attrs = {}, {}
+        for i, (n, v) in enumerate(zip(self.fn.arg_names, args)):
+            sig[n] = "*" + TYPES[v.dtype] if isinstance(v, torch.Tensor) else "fp32" if isinstance(v, float) else "i32"
+            if isinstance(v, torch.Tensor): attrs[(i,)] = [["tt.divisibility", 16]]
+        key = self.fn.__name__, self.arch, str(sig), str(kw), num_warps
+        if key in self.seen: return
+        self.seen.add(key)
+        k = triton.compile(ASTSource(self.fn, {**sig, **dict.fromkeys(kw, "constexpr")}, kw, attrs=attrs), target=GPUTarget("cuda", self.arch, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
+        path = Path(sys.argv[1]) / f"{self.fn.__name__}.cubin"
+        path.write_bytes(k.asm["cubin"])
+        used = subprocess.run([cuobjdump, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+        regs, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", used).groups())
+        self.rows.append(dict(kernel=self.fn.__name__, arch=self.arch, case=self.case, shared=k.metadata.shared, registers=regs, stack=stack))
+        print(self.rows[-1], flush=True)
+
+
+for name in ("prepare", "decode", "decode_gemv", "merge"): setattr(kernels, name, Compiled(getattr(kernels, name)))
+for name in sys.argv[2:] or CASES:
+    for arch, tuning in ((75, kernels.T4), (80, kernels.Tuning()), (90, kernels.Tuning())):
+        layer, q, k, v, mask, softcap = case(**CASES[name])
+        if arch == 75 and q.dtype == torch.bfloat16: continue # no such type there
+        Compiled.arch, Compiled.case = arch, name
+        kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, tuning)
+for r in Compiled.rows:
+    if r["arch"] == 75: assert r["shared"] <= 48 * 1024, r
+    assert r["stack"] <= 512, r # spilled bytes a thread
