@@ -873,6 +873,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spectral_nb.widgets.error_html': ('widgets.html#error_html', 'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.fast_calls': ('widgets.html#fast_calls', 'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.find_tokens': ('widgets.html#find_tokens', 'spectral_nb/widgets.py'),
+                                     'spectral_nb.widgets.in_colab': ('widgets.html#in_colab', 'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.in_kernel': ('widgets.html#in_kernel', 'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.ipywidgets_module': ('widgets.html#ipywidgets_module', 'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.kl_colour': ('widgets.html#kl_colour', 'spectral_nb/widgets.py'),

@@ -48,7 +48,7 @@ def page(lab):
     "The tour, all cells run."
     from playwright.sync_api import Error, sync_playwright
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         page = browser.new_page(viewport=dict(width=1200, height=1300))
         page.set_default_timeout(300_000)
         for i in range(150):
