@@ -80,12 +80,6 @@ def generate(model, ids, new, mask=None, pad=3, **kw):
     return model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=pad, return_dict_in_generate=True, **kw)
 
 
-def has_kernel():
-    try: import spectral_nb.kernels as k
-    except ImportError: return False
-    return hasattr(k, "attend")
-
-
 # --- nothing may be lost
 
 def parity(args):
@@ -128,8 +122,7 @@ def pocket(rows, dtype, args):
         needle = make_needles(1, rng)[0]
         trials.append((plant(tok, haystack("report")[0], needle, depth, length).ids, needle))
     ids = torch.tensor([t for t, _ in trials], device=DEVICE)
-    ways = dict(stock=None, rank=dict(coding="rank", block_size=128, k_rank_keys=64, k_rank_values=128), spectral6=dict(ratio=6), spectral8=dict(ratio=8))
-    if has_kernel(): ways |= dict(spectral8_triton=dict(ratio=8, use_triton_kernel=True))
+    ways = dict(stock=None, rank=dict(coding="rank", block_size=128, k_rank_keys=64, k_rank_values=128), spectral6=dict(ratio=6), spectral8=dict(ratio=8), spectral8_torch=dict(ratio=8, use_triton_kernel=False))
     for way, kw in ways.items():
         row = dict(what="pocket", way=way, dtype=dtype, length=length)
         try:
@@ -219,11 +212,11 @@ def bench(args):
     rows = Rows(args)
     model = load(args.model, max(args.lengths) + 512, torch.float16 if CUDA else torch.float32, args.four_bit)
     say("loaded")
-    ways = dict(stock=None, spectral=dict(ratio=args.ratio), spectral_triton=dict(ratio=args.ratio, use_triton_kernel=True))
+    ways = dict(stock=None, spectral=dict(ratio=args.ratio), spectral_torch=dict(ratio=args.ratio, use_triton_kernel=False)) # the first with the kernels
     for batch in args.batches:
         for length in args.lengths:
             for way in args.ways:
-                if way == "spectral_triton" and not has_kernel(): continue
+                if way == "spectral_torch" and length > min(args.lengths): continue
                 row, kw = dict(way=way, four_bit=args.four_bit, batch=batch, length=length, new=args.new), ways[way]
                 if kw: row |= dict(ratio=args.ratio, layer_weights="not measured: every layer gets the same share")
                 def run():
@@ -251,6 +244,6 @@ if __name__ == "__main__":
     p.add_argument("--new", type=int, default=80)
     p.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 32768])
     p.add_argument("--batches", type=int, nargs="+", default=[1, 4])
-    p.add_argument("--ways", nargs="+", default=["stock", "spectral", "spectral_triton"])
+    p.add_argument("--ways", nargs="+", default=["stock", "spectral", "spectral_torch"])
     args = p.parse_args()
     dict(parity=parity, make=make, bench=bench)[args.what](args)
