@@ -10,8 +10,8 @@ cfg = cp["DEFAULT"]
 
 
 def reqs(key):
-    "One requirement a word; a key that holds a `;` marker is one requirement"
-    return [cfg[key]] if ";" in cfg[key] else cfg[key].split()
+    "One requirement a word, its marker included"
+    return cfg[key].split()
 
 
 setup(

@@ -64,7 +64,7 @@ class Ledger(list):
         rows = "\n".join(f"| {t} | {n:,} | {100 * n / max(self.nbytes, 1):.1f} % |" for t, n in self.total().items())
         return f"| tier | bytes | share |\n|---|---:|---:|\n{rows}\n| **all** | **{self.nbytes:,}** | |"
 
-# %% ../nbs/03_cache.ipynb #e6cc7e50
+# %% ../nbs/03_cache.ipynb #4bfd83e6
 class HotTier:
     "Recent tokens: keys **post-RoPE** and values, as they are or as int8 with a scale for each token and head."
     write = None # Rounds one token into its place in fewer launches where a kernel is at hand: `(tier, keys, values, at) -> bool`
@@ -94,15 +94,19 @@ class HotTier:
     ):
         "Add tokens at the end."
         at, n = self.n, keys.shape[2]
-        if at + n > self.keys.shape[2]:
-            more = room if n == 1 and at else n
-            for name, t in self.tensors().items(): setattr(self, name, torch.cat([t[:, :, :at], t.new_empty(*t.shape[:2], more, t.shape[3])], 2))
+        if at + n > self.keys.shape[2]: self.reserve(at + (room if n == 1 and at else n))
         self.n += n
         if n == 1 and self.write is not None and self.write(keys, values, at): return
         new = HotTier(keys, values)
         if self.keys_scale is None: new.keys, new.values = keys.to(self.keys.dtype), values.to(self.values.dtype)
         else: new.to_int8(self.keys_scale.dtype)
         for name, t in new.tensors().items(): getattr(self, name)[:, :, at:at + n] = t
+
+    def reserve(self,
+        room:int, # Tokens
+    ):
+        "Make room for so many tokens in all."
+        for name, t in self.tensors().items(): setattr(self, name, torch.cat([t[:, :, :self.n], t.new_empty(*t.shape[:2], room - self.n, t.shape[3])], 2))
 
     def drop(self,
         start:int, # Tokens to forget at the start

@@ -99,13 +99,14 @@ def evaluate_(
     typer.echo(Table(rows)._repr_markdown_())
     if json_file: save_result(dict(**stamp(device=lm.device), model=model, seed=seed, rows=rows), json_file)
 
-# %% ../nbs/16_cli.ipynb #36dd6a08
+# %% ../nbs/16_cli.ipynb #ef94590c
 @app.command()
 def bench(
-    name:Annotated[str, typer.Argument(help="rsvd")],
+    name:Annotated[str, typer.Argument(help="rsvd, attention or decode")],
     json_file:Annotated[Optional[Path], typer.Option("--json", help="Write the result here")]=None,
 ):
     "Time a component."
+    from spectral_nb import speed # registers attention and decode
     from spectral_nb.bench import run_bench
     _writable(json_file)
     try: result = run_bench(name, json_file)

@@ -1,0 +1,72 @@
+"Every kernel variant: numbers in Triton's interpreter, resources of builds for three architectures, and on a GPU the same cases in fp16 and bf16. Each in a process of its own, as the interpreter is chosen on import."
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+import pytest
+import torch
+from kernel_cases import CASES, case
+from spectral_nb import attention, kernels
+
+HERE, NAMES = Path(__file__).parent, list(CASES)
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
+
+
+def run(script, *args, **env):
+    out = subprocess.run([sys.executable, HERE / script, *args], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", **env})
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-3000:]
+    return out.stdout
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["dot", "gemv"])
+@pytest.mark.parametrize("part", range(4))
+def test_numbers_in_the_interpreter(kind, part):
+    "Within 2e-3 (bf16: 8e-3, the rounding of its output) of the PyTorch path in float32 on the same codes."
+    assert len(run("kernels_interpreted.py", kind, *NAMES[part::4], TRITON_INTERPRET="1").splitlines()) == len(NAMES[part::4])
+
+
+@needs_triton
+@pytest.mark.parametrize("names", [["group4", "group16"], ["dim256", "float16"], ["many_bits", "padded", "softcap"]])
+def test_builds_for_three_architectures(names, tmp_path):
+    "sm_75 stays within 48 KB of shared memory; no kernel spills more than 512 bytes a thread."
+    assert "'arch': 75" in run("kernels_compiled.py", tmp_path, *names)
+
+
+@pytest.mark.gpu
+def test_numbers_on_a_gpu(tmp_path):
+    if not torch.cuda.is_available(): pytest.skip("needs a CUDA device; last result: nbs/results/kernels.json")
+    run("kernels_gpu.py", tmp_path / "kernels.json")
+
+
+def test_last_result_on_a_gpu():
+    rows = json.loads((HERE.parent / "nbs/results/kernels.json").read_text())["rows"]
+    assert {r["case"] for r in rows} == set(NAMES) and all(r["repeats"] and r["error"] < (2e-3 if r["dtype"] == "torch.float16" else 8e-3) for r in rows)
+
+
+def test_what_kernels_cannot_do_goes_to_pytorch():
+    layer, q, k, v, mask, softcap = case(T=500)
+    assert kernels.unsupported(layer, q, v) in ("states are not on a GPU", "Triton is not installed")
+    assert torch.equal(kernels.attend(layer, q, k, v, mask)[0], attention.attend(layer, q, k, v, mask)[0])
+
+
+@needs_triton
+def test_a_failing_kernel_falls_back_once_and_says_so(monkeypatch):
+    layer, q, k, v, mask, softcap = case(T=500)
+    monkeypatch.setattr(kernels, "unsupported", lambda *_: None)
+    monkeypatch.setattr(kernels, "_failed", set())
+    def broken(*_): raise RuntimeError("no such instruction")
+    monkeypatch.setattr(kernels, "decode_attention", broken)
+    want = attention.attend(layer, q, k, v, mask)[0]
+    with pytest.warns(UserWarning, match="no such instruction.*falls back to PyTorch"): assert torch.equal(kernels.attend(layer, q, k, v, mask)[0], want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(kernels.attend(layer, q, k, v, mask)[0], want)
+
+
+def test_a_mask_that_is_too_short_is_refused(monkeypatch):
+    layer, q, k, v, *_ = case(T=500)
+    monkeypatch.setattr(kernels, "unsupported", lambda *_: None)
+    with pytest.raises(ValueError, match="attention_mask covers 3 keys"): kernels.attend(layer, q, k, v, torch.ones(1, 1, 1, 3, dtype=torch.bool))
