@@ -18,7 +18,19 @@ ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MISSING = [m for m in ("playwright", "jupyterlab", "ipywidgets") if find_spec(m) is None] + ([] if CHROMIUM else ["chromium"])
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(MISSING), reason=f"missing: {', '.join(MISSING)}")]
-SETTINGS = {"apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False)}
+SETTINGS = {"apputils-extension/notification": dict(fetchNews="false", checkForUpdates=False), "notebook-extension/tracker": dict(windowingMode="none")}
+
+
+def eventually(f, seconds=90):
+    "Wait until `f` is true; the front end follows the kernel in its own time."
+    end = time.time() + seconds
+    while True:
+        try:
+            if result := f(): return result
+        except Exception: # between two pictures
+            if time.time() > end: raise
+        assert time.time() < end, f"not within {seconds} s"
+        time.sleep(.05)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +84,7 @@ class Widget:
         self.page, self.box = page, page.locator(f".widget-vbox:has(> .widget-html h3:text-is('{title}'))").last
         self.box.scroll_into_view_if_needed()
         self.plot.wait_for()
+        eventually(self.words)
 
     @property
     def plot(self): return self.box.locator(".js-plotly-plot").last
@@ -80,16 +93,14 @@ class Widget:
     def slider(self, name): return self.box.locator(f".widget-hslider:has(.widget-label:text-is('{name}')) [role=slider]")
     def button(self, name): return self.box.get_by_role("button", name=name)
 
-    def changes(self, act, seconds=90):
+    def changes(self, act):
         "Do something; words and picture must change."
-        words, picture, end = self.words(), self.picture(), time.time() + seconds
+        words, picture = self.words(), self.picture()
         act()
-        while time.time() < end:
-            try:
-                if self.words() != words and self.picture() != picture: return self.words()
-            except Exception: pass # between two pictures
-            time.sleep(.05)
-        raise AssertionError(f"nothing changed in {seconds} s: {words}")
+        eventually(lambda: self.words() not in ("", words) and self.picture() != picture)
+        return self.words()
+
+    def says(self, start): return eventually(lambda: self.words().startswith(start))
 
     def keep(self, name):
         "A picture for the documentation, where asked."
@@ -123,11 +134,7 @@ def test_a_click_on_a_token(page):
     w.keep("divergence_explorer")
     before, picture = chosen(), w.picture()
     w.box.locator(".widget-hbox button:has-text('≠')").last.click()
-    page.wait_for_function("([a]) => [...document.querySelectorAll('div')].some(d => d.innerText?.startsWith('chosen: step') && d.innerText !== a)", arg=[before])
-    assert "of the compressed run" in chosen()
-    end = time.time() + 90
-    while w.picture() == picture and time.time() < end: time.sleep(.05)
-    assert w.picture() != picture
+    eventually(lambda: chosen() != before and "of the compressed run" in chosen() and w.picture() != picture)
 
 
 def tokens(words): return int(re.search(r"(\d+) tokens", words)[1])
@@ -141,20 +148,21 @@ def test_start_and_stop(page):
     w.slider("ratio (dense bytes / bytes)").press("ArrowRight")
     w.slider("new tokens").press("End")
     w.button("Start").press("Enter")
-    page.wait_for_function("[...document.querySelectorAll('[role=status]')].some(d => d.innerText.startsWith('generating'))")
+    w.says("generating")
     for _ in range(3): moving = w.changes(lambda: None)
     assert moving.startswith("generating") and "(8.5 asked)" in moving and w.button("Start").is_disabled()
     start = time.time()
     w.button("Stop").click()
-    page.wait_for_function("[...document.querySelectorAll('[role=status]')].some(d => d.innerText.startsWith('stopped'))")
-    assert time.time() - start < 20 and tokens(w.words()) < 512 and not w.button("Start").is_disabled() and w.button("Stop").is_disabled()
+    w.says("stopped")
+    assert time.time() - start < 20 and tokens(w.words()) < 512
+    eventually(lambda: not w.button("Start").is_disabled() and w.button("Stop").is_disabled())
     words = w.words()
     page.wait_for_timeout(600)
     assert w.words() == words
     w.button("Start").click()
-    assert tokens(w.changes(lambda: page.wait_for_function("[...document.querySelectorAll('[role=status]')].some(d => d.innerText.startsWith('generating'))"))) > 0
+    w.says("generating")
     w.button("Stop").press("Space")
-    page.wait_for_function("[...document.querySelectorAll('[role=status]')].some(d => d.innerText.startsWith('stopped'))")
+    w.says("stopped")
 
 
 def test_an_error_is_shown_in_place(page):
@@ -163,4 +171,4 @@ def test_an_error_is_shown_in_place(page):
     w.box.locator("textarea").blur()
     w.button("Start").click()
     page.wait_for_selector("[role=alert]:has-text(\"longer than the model's 4096\")")
-    assert w.words().startswith("failed") and not w.button("Start").is_disabled()
+    assert w.says("failed") and eventually(lambda: not w.button("Start").is_disabled())

@@ -107,11 +107,11 @@ def test_a_stop_while_the_prompt_is_read(live):
 def test_the_ratio_slider_takes_effect_with_the_next_start(live):
     live.set(max_new_tokens=2)
     live.run()
-    assert abs(live.steps[-1].ratio / 4 - 1) < .05
+    assert abs(live.steps[0].ratio / 4 - 1) < .05
     live.controls["ratio"].value = 8.
     assert "ratio 8 from the next start on" in live.message.value
     live.run()
-    assert abs(live.steps[-1].ratio / 8 - 1) < .05 and "from the next start" not in live.message.value
+    assert abs(live.steps[0].ratio / 8 - 1) < .05 and "from the next start" not in live.message.value
 
 
 def test_another_prompt(live):
