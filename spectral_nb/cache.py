@@ -382,8 +382,10 @@ def update_attention_importance(self:SpectralLayer,
     n = min(received.shape[2], self.importance.shape[2])
     self.importance[:, :, self.importance.shape[2] - n:] += received[:, :, received.shape[2] - n:]
 
-# %% ../nbs/03_cache.ipynb #2476b0bc
+# %% ../nbs/03_cache.ipynb #8363709a
 @patch
+@torch.inference_mode(False) # beam search calls this in inference mode, and later calls write into the results
+@torch.no_grad()
 def map_(self:SpectralLayer,
     f, # Tensor with a leading batch axis to tensor
 ):

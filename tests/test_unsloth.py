@@ -206,6 +206,29 @@ def test_fastmodel_families(name):
         assert torch.equal(torch.stack(again.logits), torch.stack(stock.logits))
 
 
+@pytest.mark.parametrize("name", ["cohere", "granite"])
+def test_fastmodel_turns_sampling_beams_and_refusals(name):
+    "Stock FastModel takes no cache for generate at all, since it forces a static one."
+    model, first, second = loaded(name), prompt(1, 120)["input_ids"], prompt(1, 60, seed=1)["input_ids"]
+    def turns(m):
+        one = generate(m, dict(input_ids=first, attention_mask=torch.ones_like(first)), max_new_tokens=20)
+        ids = torch.cat([one.sequences, second], 1)
+        return generate(m, dict(input_ids=ids, attention_mask=torch.ones_like(ids)), max_new_tokens=20, past_key_values=one.past_key_values)
+    def sample():
+        torch.manual_seed(0)
+        return generate(model, prompt(3), do_sample=True, temperature=.8, top_p=.9).sequences
+    def beams(): return generate(model, prompt(2), num_beams=3, max_new_tokens=24, output_logits=False).sequences
+    want, sampled, searched = turns(reference(name)), sample(), beams()
+    with spectral(model, spectral_config=lossless(model)):
+        got = turns(model)
+        assert torch.equal(got.sequences, want.sequences) and difference(got, want) < 1e-5
+        assert got.past_key_values.get_seq_length() == 120 + 20 + 60 + 20 - 1
+        assert torch.equal(sample(), sampled) and torch.equal(beams(), searched)
+        with pytest.raises(ValueError, match="prompt-lookup decoding"): generate(model, prompt(1), prompt_lookup_num_tokens=3)
+        with pytest.raises(ValueError, match="another cache"): generate(model, prompt(1), cache_implementation="static")
+    assert torch.equal(sample(), sampled)
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_beam_search(name):
     model, inputs = loaded(name), prompt(2)
