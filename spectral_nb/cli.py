@@ -99,14 +99,14 @@ def evaluate_(
     typer.echo(Table(rows)._repr_markdown_())
     if json_file: save_result(dict(**stamp(device=lm.device), model=model, seed=seed, rows=rows), json_file)
 
-# %% ../nbs/16_cli.ipynb #ef94590c
+# %% ../nbs/16_cli.ipynb #83d1cadd
 @app.command()
 def bench(
-    name:Annotated[str, typer.Argument(help="rsvd, attention or decode")],
+    name:Annotated[str, typer.Argument(help="rsvd, attention, decode or encode")],
     json_file:Annotated[Optional[Path], typer.Option("--json", help="Write the result here")]=None,
 ):
     "Time a component."
-    from spectral_nb import speed # registers attention and decode
+    from spectral_nb import speed # registers attention, decode and encode
     from spectral_nb.bench import run_bench
     _writable(json_file)
     try: result = run_bench(name, json_file)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['scratch', 'T4', 'counters', 'Steps', 'steps_of', 'thread_order', 'prepare', 'decode', 'decode_gemv', 'merge',
            'LayoutTables', 'layout_tables', 'rotary_pairs', 'anchor_table', 'Scratch', 'Tuning', 'interpreted',
-           'tuning_for', 'marked_pages', 'unsupported', 'decode_attention', 'write_hot', 'attend',
-           'TritonSpectralConfig']
+           'tuning_for', 'marked_pages', 'unsupported', 'Launch', 'run_launches', 'aligned', 'plan_launches',
+           'decode_attention', 'write_hot', 'attend', 'TritonSpectralConfig']
 
-# %% ../nbs/05_kernels.ipynb #36307313
+# %% ../nbs/05_kernels.ipynb #8279768a
 import logging
 import warnings
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -160,6 +161,59 @@ def _project(Q, TAB, PAIR, BASIS, SCALE, CI, CF, RMAX, QT, QS, block, part, row,
         to = QT + (((bh * pages + page).to(tl.int64) * STEPS + part * (CT // 32)) * N + 2 * g)[:, None] * 32 + (c % 32 + c // 32 * (N * 32))[None, :]
         tl.store(to, hi, mask=(page < pages)[:, None])
         tl.store(to + 32, lo, mask=(page < pages)[:, None])
+
+# %% ../nbs/05_kernels.ipynb #03fb5d24
+@jit
+def _own_projections(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QB, bh, first, last, pages, rank, scaling, loss_factor,
+                     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, STEPS: tl.constexpr, PB: tl.constexpr, LR: tl.constexpr, HALVES: tl.constexpr):
+    "What `_project` and `_bias` make, for pages `first` to `last` and all heads of the group; returns the scale of the projections."
+    d = tl.arange(0, D2)
+    c = tl.arange(0, 32)
+    f = tl.arange(0, 16)
+    g = tl.arange(0, GP)
+    row = tl.arange(0, PB * GP)
+    ok = d < D // 2
+    ia, ib = _halves(PAIR, d, ok, D, HALVES)
+    live = (g < G)[:, None] & ok[None, :]
+    qa = tl.load(Q + (bh * G + g)[:, None] * D + ia[None, :], mask=live, other=0).to(tl.float32)
+    qb = tl.load(Q + (bh * G + g)[:, None] * D + ib[None, :], mask=live, other=0).to(tl.float32)
+    norm2 = tl.sum(qa * qa + qb * qb, 1)
+    inv = 1. / tl.maximum(tl.sqrt(norm2), 1e-20)
+    qa, qb = qa * inv[:, None], qb * inv[:, None]
+    rows2 = tl.reshape(tl.broadcast_to(norm2[None, :], [PB, GP]), [PB * GP])
+    rmax = tl.load(RMAX + bh)
+    rest = tl.load(REST + bh)
+    N: tl.constexpr = 2 * GP
+    for p0 in range(first, last, PB):
+        page = p0 + tl.arange(0, PB)
+        inside = (page < last)[:, None] & ok[None, :]
+        at = TAB + page[:, None] * (2 * D) + d[None, :]
+        cos = (tl.load(at, mask=inside, other=0).to(tl.float32) + tl.load(at + D, mask=inside, other=0).to(tl.float32))[:, None, :]
+        sin = (tl.load(at + D // 2, mask=inside, other=0).to(tl.float32) + tl.load(at + D + D // 2, mask=inside, other=0).to(tl.float32))[:, None, :]
+        a = tl.reshape(qa[None, :, :] * cos + qb[None, :, :] * sin, [PB * GP, D2])
+        b = tl.reshape(qb[None, :, :] * cos - qa[None, :, :] * sin, [PB * GP, D2])
+        off = tl.sum(a * tl.load(OFFSET + bh * D + ia, mask=ok, other=0)[None, :] + b * tl.load(OFFSET + bh * D + ib, mask=ok, other=0)[None, :], 1)
+        a16, b16 = a.to(tl.float16), b.to(tl.float16)
+        la = tl.load(LOSS + (bh * LR + f)[None, :] * D + ia[:, None], mask=(f < LR)[None, :] & ok[:, None], other=0)
+        lb = tl.load(LOSS + (bh * LR + f)[None, :] * D + ib[:, None], mask=(f < LR)[None, :] & ok[:, None], other=0)
+        e = tl.dot(a16, la.to(tl.float16))
+        e = tl.dot(b16, lb.to(tl.float16), e)
+        bias = (off * tl.sqrt(rows2) + .5 * loss_factor * rows2 * (rest + tl.sum(e * e, 1))) * (scaling * 1.4426950408889634)
+        pg, gg = p0 + row // GP, row % GP
+        tl.store(QB + (bh * pages + pg) * G + gg, bias, mask=(pg < last) & (gg < G))
+        for step in range(STEPS):
+            comp = tl.load(CI + step * 32 + c)
+            cs = tl.load(CF + step * 32 + c) * tl.load(SCALE + bh * rank + comp) * (32512. / rmax)
+            base = BASIS + (bh * rank + comp)[None, :] * D
+            wa = tl.load(base + ia[:, None], mask=ok[:, None], other=0).to(tl.float16)
+            wb = tl.load(base + ib[:, None], mask=ok[:, None], other=0).to(tl.float16)
+            y = tl.dot(a16, wa)
+            y = tl.dot(b16, wb, y)
+            q = (y * cs[None, :] + 12582912.).to(tl.int32, bitcast=True)
+            to = QT + (((bh * pages + pg).to(tl.int64) * STEPS + step) * N + 2 * gg)[:, None] * 32 + c[None, :]
+            tl.store(to, ((q + 128) >> 8).to(tl.int8), mask=(pg < last)[:, None])
+            tl.store(to + 32, q.to(tl.int8), mask=(pg < last)[:, None])
+    return tl.sqrt(norm2) * rmax * (scaling * 1.4426950408889634 / 32512.)
 
 # %% ../nbs/05_kernels.ipynb #b30199c2
 def thread_order(
@@ -311,10 +365,11 @@ def _write(K, V, HK, HV, HKS, HVS, AT, hot_row:int, D: tl.constexpr, DP: tl.cons
         tl.store(HV + to * D + d, q, mask=ok)
         tl.store(HVS + to, scale)
 
-# %% ../nbs/05_kernels.ipynb #03102ef0
+# %% ../nbs/05_kernels.ipynb #e0434ff1
 @jit
-def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_split:int, marked:int, first_page:int, L:int, wk4:int, WV:int, mask_row:int, cap2,
-           H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, KSUB: tl.constexpr, VSUB: tl.constexpr, KOFF: tl.constexpr, VOFF: tl.constexpr, KSTEPS: tl.constexpr, VSTEPS: tl.constexpr,
+def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX,
+           pages:int, per_split:int, marked:int, first_page:int, L:int, wk4:int, WV:int, mask_row:int, rank:int, scaling, loss_factor, cap2,
+           D: tl.constexpr, D2: tl.constexpr, PB: tl.constexpr, LR: tl.constexpr, HALVES: tl.constexpr, FUSED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, KSUB: tl.constexpr, VSUB: tl.constexpr, KOFF: tl.constexpr, VOFF: tl.constexpr, KSTEPS: tl.constexpr, VSTEPS: tl.constexpr,
            T: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, ASM: tl.constexpr):
     "Attention of one query to coded tokens: maximum, sum and sums of value codes of each part."
     split = tl.program_id(0)
@@ -333,9 +388,12 @@ def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_s
     l_run = tl.zeros([GP], tl.float32)
     acc = ()
     for i in tl.static_range(VSTEPS): acc = acc + (tl.zeros([16, GP], tl.float32),)
-    scale = tl.load(QS + bh * G + g, mask=g < G, other=0)
     first = split * per_split
     last = tl.minimum(first + per_split, pages)
+    if FUSED:
+        scale = _own_projections(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QB, bh, first, last, pages, rank, scaling, loss_factor, G, GP, D, D2, KSTEPS, PB, LR, HALVES)
+        tl.debug_barrier()
+    else: scale = tl.load(QS + bh * G + g, mask=g < G, other=0)
     for tile in range(first * (128 // T), last * (128 // T)):
         page = tile // (128 // T)
         tt = tile % (128 // T) * T + t
@@ -513,7 +571,7 @@ def merge(MO, LO, AO, ME, LE, AE, BASIS, SCALE, CI, CF, OFFSET, OUT, S:int, have
         tl.store(LE + o, total)
         tl.store(AE + o * D + d, out, mask=d < D)
 
-# %% ../nbs/05_kernels.ipynb #1de895ca
+# %% ../nbs/05_kernels.ipynb #e9a144aa
 @dataclass(frozen=True)
 class LayoutTables:
     "`Steps` of a layout on a device."
@@ -525,12 +583,13 @@ class LayoutTables:
 @lru_cache
 def layout_tables(
     layout:Layout,
-    keys:bool, # Chunks of `CHUNK` bytes in thread order; else values, chunks of 16
+    keys:bool, # Chunks of `CHUNK` bytes; else values, chunks of 16
     device:torch.device,
+    threads:bool=True, # Columns of keys in thread order, for `prepare`
 ) -> LayoutTables:
     "Tables that `prepare`, `decode` and `merge` read."
     steps = steps_of(layout, CHUNK if keys else GROUP)
-    order = thread_order if keys else lambda x: x
+    order = thread_order if keys and threads else lambda x: x
     masks = torch.tensor(steps.masks, dtype=torch.uint8).view(torch.int8)
     comps, factors = order(torch.tensor(steps.comps, dtype=torch.int32)), order(torch.tensor(steps.factors))
     return LayoutTables(steps, masks.to(device), comps.contiguous().to(device), factors.contiguous().to(device))
@@ -563,10 +622,10 @@ def anchor_table(
         tables[device] = torch.cat([high, (exact - high.float()).half()], 1).contiguous(), rotary_pairs(table).to(device)
     return tables[device]
 
-# %% ../nbs/05_kernels.ipynb #60938dec
+# %% ../nbs/05_kernels.ipynb #3e1fbf49
 class Scratch:
     "Memory that all layers share: projections of queries and parts of sums."
-    def __init__(self): self.held = {}
+    def __init__(self): self.held, self.version = {}, object() # Another object whenever something has moved
 
     def __call__(self,
         name:str,
@@ -578,7 +637,7 @@ class Scratch:
         n = 1
         for s in shape: n *= s
         key = name, device
-        if key not in self.held or self.held[key].numel() < n: self.held[key] = torch.empty(n, dtype=dtype, device=device)
+        if key not in self.held or self.held[key].numel() < n: self.held[key], self.version = torch.empty(n, dtype=dtype, device=device), object()
         return self.held[key][:n].view(shape)
 
     @property
@@ -588,7 +647,7 @@ class Scratch:
 
 scratch = Scratch()
 
-# %% ../nbs/05_kernels.ipynb #d05411d6
+# %% ../nbs/05_kernels.ipynb #3292f367
 @dataclass(frozen=True)
 class Tuning:
     "Sizes of programs. The defaults were measured on an H100 (`nbs/results/bench_attention.json`)."
@@ -603,13 +662,14 @@ class Tuning:
     merge_warps:int=4
     parts:int=64 # Of a tile of `merge`
     dims:int=64 # Of a program of `merge`
+    fuse:int=4 # Pages of a program of `decode` from which on it makes its own projections
     gemv:bool=False # Without tensor cores
 
 T4 = Tuning(tokens=32, programs=320, warps=4, stages=1, pages=16, prepare_warps=4, hot=16, gemv=True)
 
 def interpreted() -> bool: # Triton runs its kernels as NumPy
     "Whether `TRITON_INTERPRET=1` was set when this module was imported."
-    return triton is not None and not isinstance(prepare, triton.runtime.JITFunction)
+    return triton is not None and not isinstance(_write, triton.runtime.JITFunction)
 
 def tuning_for(
     device:torch.device,
@@ -665,38 +725,82 @@ def unsupported(
 # %% ../nbs/05_kernels.ipynb #8a812ab8
 counters = weakref.WeakKeyDictionary() # int32 `[1]` by `HotTier`, for those whose steps are in a graph
 
-# %% ../nbs/05_kernels.ipynb #9e9f1511
-@torch.no_grad()
-def decode_attention(
-    layer:SpectralLayer, # Past tokens
-    query_states:Tensor, # **post-RoPE** `[B, heads, 1, D]`
-    key_states:Tensor, # New key **post-RoPE** `[B, kv_heads, 1, D]`
-    value_states:Tensor, # New value `[B, kv_heads, 1, D]`
-    mask:Tensor|None=None, # uint8 `[B, past + 1]`, 0: not attended to
-    scaling:float|None=None, # Factor on scores, default `D ** -0.5`
-    softcap:float|None=None,
-    tuning:Tuning|None=None, # Default: by the device
-) -> Tensor: # `[B, 1, heads, D]`, dtype of the query
-    "One query's attention to a layer, by the kernels."
-    dev, t = query_states.device, tuning or tuning_for(query_states.device)
-    B, heads, _, D = query_states.shape
-    H = key_states.shape[1]
+# %% ../nbs/05_kernels.ipynb #2b49668a
+@dataclass
+class Launch:
+    "A kernel and all it is called with."
+    fn:object
+    grid:tuple[int, int]
+    args:list # Tensors and numbers
+    constants:dict # By name
+    options:dict # num_warps, num_stages
+    own:tuple # `(place among args, name)` of what each step brings
+    kernel:object=None # Compiled, after the first call
+    plain:list|None=None # `args` and `constants` as numbers
+
+    def __call__(self,
+        step:dict[str, Tensor], # By name
+        addresses:dict[str, int], # The same, as numbers
+        stream:int|None=None,
+    ):
+        "Launch."
+        if self.kernel is None:
+            args = list(self.args)
+            for i, n in self.own: args[i] = step[n]
+            self.kernel = self.fn[self.grid](*args, **self.constants, **self.options)
+            if self.kernel is not None: # None: the interpreter
+                constants = [self.constants[n] for n in self.fn.arg_names[len(args):]]
+                self.plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in args] + constants
+            return
+        args = list(self.plain)
+        for i, n in self.own: args[i] = addresses[n]
+        k = self.kernel
+        k.run(*self.grid, 1, stream, k.function, k.packed_metadata, None, None, None, *args)
+
+def run_launches(
+    launches:list[Launch],
+    step:dict[str, Tensor],
+    device:torch.device,
+):
+    "All of them, on the current stream."
+    gpu = device.type == "cuda" and not interpreted()
+    with torch.cuda.device(device) if gpu else nullcontext():
+        stream = torch.cuda.current_stream(device).cuda_stream if gpu else None
+        addresses = {n: t.data_ptr() for n, t in step.items()}
+        for l in launches: l(step, addresses, stream)
+
+def aligned(
+    x:Tensor,
+) -> Tensor:
+    "Contiguous, at an address that 16 divides, as compiled kernels rely on."
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+# %% ../nbs/05_kernels.ipynb #19ec5d26
+def plan_launches(
+    layer:SpectralLayer,
+    step:dict[str, Tensor], # query, key, value, out, mask, length
+    scaling:float,
+    softcap:float|None,
+    t:Tuning,
+    masked:bool,
+) -> list[Launch]:
+    "The launches of a decode step."
+    q, dev = step["query"], step["query"].device
+    B, heads, _, D = q.shape
+    H = step["key"].shape[1]
     G, BH, GP, L = heads // H, B * H, _power(heads // H), layer.landmark_slots.shape[1]
-    q, nk, nv = (x.contiguous() for x in (query_states, key_states, value_states))
-    scaling = D ** -.5 if scaling is None else scaling
     segments, hot = layer.cold.segments, layer.hot
     room = hot.keys.shape[2]
     hots = _ceil(room, t.hot)
-    E = hots + len(segments)
+    E, first, out = hots + len(segments), 0, []
     f32, i8, asm = torch.float32, torch.int8, not interpreted()
     me, le, ae = scratch("me", dev, f32, BH, E, G), scratch("le", dev, f32, BH, E, G), scratch("ae", dev, f32, BH, E, G, D)
-    out = torch.empty(B, 1, heads, D, dtype=q.dtype, device=dev)
-    hot_length = counters[hot] if hot in counters else _number(len(hot), dev)
-    flags = dict(MASKED=mask is not None, CAP=softcap is not None)
-    mask, mask_row = (hot_length, 0) if mask is None else (mask, mask.stride(0))
-    cap2 = float((softcap or 1.) * LOG2E)
-    marked = marked_pages(layer)
-    first = 0
+    flags = dict(MASKED=masked, CAP=softcap is not None)
+    mask_row, cap2 = step["mask"].stride(0) if masked else 0, float((softcap or 1.) * LOG2E)
+    def add(fn, grid, args, constants, **options):
+        names = {id(x): n for n, x in step.items()}
+        out.append(Launch(fn, grid, list(args), constants, options, tuple((i, names[id(a)]) for i, a in enumerate(args) if id(a) in names)))
     for i, s in enumerate(segments):
         kt, vt = layout_tables(s.keys.layout, True, dev), layout_tables(s.values.layout, False, dev)
         pages, ks, vs = len(s) // PAGE, kt.steps, vt.steps
@@ -711,27 +815,65 @@ def decode_attention(
         qt, qs, qb = scratch("qt", dev, i8, BH, pages, ks.count, N, CHUNK), scratch("qs", dev, f32, BH, G), scratch("qb", dev, f32, BH, pages, G)
         mo, lo, ao = scratch("mo", dev, f32, BH, S, G), scratch("lo", dev, f32, BH, S, G), scratch("ao", dev, f32, BH, S, G, vs.count * GROUP)
         loss, rest = (s.key_norm, s.key_norm) if s.loss is None else (s.loss.directions, s.loss.rest)
-        marks, here = (1, hots) if i == 0 else (0, 0)
-        prepare[(here + marks + _ceil(blocks, bper) * G + _ceil(blocks, per) * parts * G, BH)](
+        factor, marks, here = float(scaling if s.loss is not None else 0), *((1, hots) if i == 0 else (0, 0))
+        fused = not t.gemv and split >= t.fuse
+        shared = dict(D=D, D2=_power(D // 2), LR=LR, HALVES=not layer.table.interleaved and layer.table.rotary_dim == D)
+        programs = here + marks + (0 if fused else _ceil(blocks, bper) * G + _ceil(blocks, per) * parts * G)
+        if programs: add(prepare, (programs, BH), (
             q, table[first:], pairs, s.keys.basis, s.keys.scale, kt.comps, kt.factors, s.keys.offset, loss, rest, s.key_norm, qt, qs, qb, hot.keys, hot.values, hot.keys_scale, hot.values_scale,
-            layer.landmark_keys, layer.landmark_values, layer.landmark_slots, nk, nv, mask, hot_length, me, le, ae,
-            here, marks, E, pages, per, bper, s.keys.layout.rank, len(layer.cold), L, mask_row, room, float(scaling), float(scaling if s.loss is not None else 0), cap2,
-            H=H, G=G, N=N, GP=max(16, GP), GB=1 if GP * D > 1024 else GP, D=D, DP=_power(D), D2=_power(D // 2), STEPS=ks.count, PB=PB, CT=64, LR=LR, TE=t.hot, TM=_power(L + 1),
-            HALVES=not layer.table.interleaved and layer.table.rotary_dim == D, num_warps=t.prepare_warps, num_stages=1, **flags)
+            layer.landmark_keys, layer.landmark_values, layer.landmark_slots, step["key"], step["value"], step["mask"], step["length"], me, le, ae,
+            here, marks, E, pages, per, bper, s.keys.layout.rank, len(layer.cold), L, mask_row, room, float(scaling), factor, cap2),
+            dict(H=H, G=G, N=N, GP=max(16, GP), GB=1 if GP * D > 1024 else GP, DP=_power(D), STEPS=ks.count, PB=PB, CT=64, TE=t.hot, TM=_power(L + 1), **shared, **flags), num_warps=t.prepare_warps, num_stages=1)
         kc, vc, m8, q8 = s.keys.codes, s.values.codes, kt.masks, qt
         if t.gemv: kc, vc, m8, q8 = (x.view(torch.int32) for x in (kc, vc, m8, q8))
         else: kc, vc = kc.view(i8), vc.view(i8)
-        (decode_gemv if t.gemv else decode)[(S, BH)](
-            kc, vc, q8, qs, qb, layer.landmark_slots, mask, m8, vt.masks, mo, lo, ao, pages, split, marked, first, L, kc.shape[-1] * (4 if t.gemv else 1) // (4 * PAGE), vs.width, mask_row, cap2,
-            H=H, G=G, GP=GP, KSUB=ks.subs, VSUB=vs.subs, KOFF=ks.offsets, VOFF=vs.offsets, KSTEPS=ks.count, VSTEPS=vs.count, T=t.tokens, ASM=asm, num_warps=t.warps, num_stages=t.stages, **flags)
-        final = i == len(segments) - 1
-        merge[(BH * G, _ceil(D, t.dims))](
-            mo, lo, ao, me, le, ae, s.values.basis, s.values.scale, vt.comps, vt.factors, s.values.offset, out, S, hots + 1 + i, E, s.values.layout.rank,
-            G=G, D=D, DB=t.dims, VC=vs.count * GROUP, VCP=_power(vs.count * GROUP), SP=_power(S), EP=_power(E), SB=min(t.parts, _power(S)), FINAL=final, num_warps=t.merge_warps)
+        codes = kc, vc, q8, qs, qb, layer.landmark_slots, step["mask"], m8, vt.masks, mo, lo, ao
+        lengths = pages, split, marked_pages(layer), first, L, kc.shape[-1] * (4 if t.gemv else 1) // (4 * PAGE), vs.width, mask_row
+        if not t.gemv:
+            own = layout_tables(s.keys.layout, True, dev, False)
+            codes += q, table[first:], pairs, s.keys.basis, s.keys.scale, own.comps, own.factors, s.keys.offset, loss, rest, s.key_norm
+            lengths += s.keys.layout.rank, float(scaling), factor
+        add(decode_gemv if t.gemv else decode, (S, BH), (*codes, *lengths, cap2), dict(
+            **({} if t.gemv else dict(FUSED=fused, PB=max(1, 32 // GP), **shared)), H=H, G=G, GP=GP, KSUB=ks.subs, VSUB=vs.subs, KOFF=ks.offsets, VOFF=vs.offsets, KSTEPS=ks.count, VSTEPS=vs.count,
+            T=t.tokens, ASM=asm, **flags), num_warps=t.warps, num_stages=t.stages)
+        add(merge, (BH * G, _ceil(D, t.dims)), (
+            mo, lo, ao, me, le, ae, s.values.basis, s.values.scale, vt.comps, vt.factors, s.values.offset, step["out"], S, hots + 1 + i, E, s.values.layout.rank),
+            dict(G=G, D=D, DB=t.dims, VC=vs.count * GROUP, VCP=_power(vs.count * GROUP), SP=_power(S), EP=_power(E), SB=min(t.parts, _power(S)), FINAL=i == len(segments) - 1), num_warps=t.merge_warps)
         first += pages
     return out
 
-# %% ../nbs/05_kernels.ipynb #7af25a04
+# %% ../nbs/05_kernels.ipynb #f5126598
+@torch.no_grad()
+def decode_attention(
+    layer:SpectralLayer, # Past tokens
+    query_states:Tensor, # **post-RoPE** `[B, heads, 1, D]`
+    key_states:Tensor, # New key **post-RoPE** `[B, kv_heads, 1, D]`
+    value_states:Tensor, # New value `[B, kv_heads, 1, D]`
+    mask:Tensor|None=None, # uint8 `[B, past + 1]`, 0: not attended to
+    scaling:float|None=None, # Factor on scores, default `D ** -0.5`
+    softcap:float|None=None,
+    tuning:Tuning|None=None, # Default: by the device
+) -> Tensor: # `[B, 1, heads, D]`, dtype of the query
+    "One query's attention to a layer, by the kernels."
+    dev, hot, last = query_states.device, layer.hot, layer.cold.segments[-1]
+    tuning = tuning or tuning_for(dev)
+    B, heads, _, D = query_states.shape
+    length = counters[hot] if hot in counters else _number(len(hot), dev)
+    step = dict(query=aligned(query_states), key=aligned(key_states), value=aligned(value_states), out=torch.empty(B, 1, heads, D, dtype=query_states.dtype, device=dev), length=length)
+    step["mask"] = step["length"] if mask is None else mask
+    key = (query_states.dtype, key_states.dtype, query_states.shape, scaling, softcap, tuning, mask is not None and (mask.stride(0), mask.data_ptr() % 16), hot.keys.data_ptr(), hot.keys.shape, layer.landmark_keys.data_ptr(),
+           layer.landmark_slots.data_ptr(), len(layer.cold.segments), len(layer.cold), last.keys.codes.data_ptr(), last.keys.basis.data_ptr(), last.values.codes.data_ptr())
+    held = vars(layer).get("_launches")
+    if held is None or held[0] != key or held[1] is not scratch.version:
+        launches = plan_launches(layer, step, D ** -.5 if scaling is None else scaling, softcap, tuning, mask is not None)
+        held = layer._launches = key, scratch.version, launches
+    run_launches(held[2], step, dev)
+    return step["out"]
+
+# %% ../nbs/05_kernels.ipynb #b8b01056
+_writes = weakref.WeakKeyDictionary()
+
+# %% ../nbs/05_kernels.ipynb #1dfba58f
 def write_hot(
     tier:HotTier, # int8, with room
     key_states:Tensor, # New key **post-RoPE** `[B, H, 1, D]`
@@ -740,9 +882,14 @@ def write_hot(
 ) -> bool: # Whether it was done
     "`HotTier.append` of one token in one launch."
     if triton is None or tier.keys_scale is None or not (key_states.is_cuda or interpreted()) or key_states.shape != value_states.shape: return False
-    at = counters[tier] if tier in counters else _number(at, key_states.device)
     B, H, _, D = key_states.shape
-    _write[(B * H, 2)](key_states.contiguous(), value_states.contiguous(), tier.keys, tier.values, tier.keys_scale, tier.values_scale, at, tier.keys.shape[2], D=D, DP=_power(D), num_warps=1)
+    step = dict(key=aligned(key_states), value=aligned(value_states), at=counters[tier] if tier in counters else _number(at, key_states.device))
+    key = tier.keys.data_ptr(), tier.keys.shape, key_states.dtype
+    held = _writes.get(tier)
+    if held is None or held[0] != key:
+        args = step["key"], step["value"], tier.keys, tier.values, tier.keys_scale, tier.values_scale, step["at"], tier.keys.shape[2]
+        held = _writes[tier] = key, [Launch(_write, (B * H, 2), list(args), dict(D=D, DP=_power(D)), dict(num_warps=1), ((0, "key"), (1, "value"), (6, "at")))]
+    run_launches(held[1], step, key_states.device)
     return True
 
 HotTier.write = write_hot
