@@ -39,7 +39,7 @@ def repeated_tokens(
     ids = torch.randint(0, vocab_size, (tokens - tail,), generator=torch.Generator().manual_seed(seed))
     return torch.cat([ids, ids[tail // 2:tail // 2 + tail]])[None]
 
-# %% ../nbs/04b_calibrate.ipynb #1db7cdd9
+# %% ../nbs/04b_calibrate.ipynb #e65081b7
 @torch.no_grad()
 def probe_layers(
     model,
@@ -53,7 +53,7 @@ def probe_layers(
     old = model.config._attn_implementation
     try:
         model.set_attn_implementation("spectral")
-        held = SpectralCache(model.config, SpectralConfig(coding="spectral", fit_length=10 ** 9, exact_dtype="float32"))
+        held = SpectralCache(model.config, SpectralConfig(coding="spectral", fit_length=10 ** 9, hot_buffer_size=64, exact_dtype="float32"))
         model(ids[:, :-tail], past_key_values=held, logits_to_keep=1)
     finally: model.set_attn_implementation(old)
     states = [(o.get_kv() if isinstance(o, SpectralLayer) else (o.keys, o.values)) for o in held.layers]

@@ -21,14 +21,14 @@ COEFFICIENTS = dict(int8=torch.int8, float16=torch.float16, float32=torch.float3
 RANK_DEFAULTS = dict(block_size=512, k_rank_keys=16, k_rank_values=32, coefficients="int8", use_attention_weighted_svd=False)
 EXACT_DTYPES = dict(float32=torch.float32, float16=torch.float16, bfloat16=torch.bfloat16)
 
-# %% ../nbs/02_codec.ipynb #f722b3b6
+# %% ../nbs/02_codec.ipynb #c2cefecf
 @dataclass(frozen=True)
 class SpectralConfig:
     "What a spectral cache keeps, and how."
     block_size:int|None=None # Tokens that share a basis (rank coding; default 512)
     k_rank_keys:int|None=None # Coefficients kept of each key (rank coding; default 16)
     k_rank_values:int|None=None # Coefficients kept of each value (rank coding; default 32)
-    hot_buffer_size:int=64 # Most recent tokens that stay exact, at least
+    hot_buffer_size:int|None=None # Most recent tokens that stay exact, at least; default 64, and 128 under spectral coding where a prompt's budget allows
     landmark_count:int=4 # First tokens that stay exact (attention sinks)
     use_attention_weighted_svd:bool=False # Fit bases to tokens in proportion to the attention they receive (rank coding)
     coding:str|None=None # One of `CODINGS`; default: spectral, or rank where a field of rank coding is given
@@ -50,6 +50,7 @@ class SpectralConfig:
         for fields, theirs in ((ranks, "rank"), (budget, "spectral")):
             if fields and self.coding != theirs:
                 raise ValueError(f"{', '.join(fields)} belong to {theirs} coding, not to {self.coding!r}{' (which ' + ', '.join(ranks) + ' stand for)' if ranks else ''}: pass one or the other")
+        if self.hot_buffer_size is None: object.__setattr__(self, "hot_buffer_size", 128 if self.coding == "spectral" else 64)
         if self.coding == "rank":
             for n, v in RANK_DEFAULTS.items():
                 if getattr(self, n) is None: object.__setattr__(self, n, v)

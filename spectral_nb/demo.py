@@ -6,7 +6,7 @@
 __all__ = ['DEMO_SPECS', 'TIERS', 'PAGE', 'DemoRow', 'Demo', 'spectra', 'run_demo', 'timed_decoding', 'demo_table',
            'spectrum_figure', 'bytes_figure', 'recall_figure', 'write_report', 'demo_json']
 
-# %% ../nbs/15_demo.ipynb #eb3ee14e
+# %% ../nbs/15_demo.ipynb #ad9f37dc
 import copy
 import html
 from dataclasses import asdict, dataclass
@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from .cache import SpectralCache
 from .diagnostics import LAYOUT, OKABE_ITO, cache_spectra
-from .evaluate import cache_bytes, extend, greedy, kl_divergence, make_trials, new_cache, prefill
+from .evaluate import cache_bytes, copy_cache, extend, greedy, kl_divergence, make_trials, new_cache, prefill
 from .info import stamp
 from .needle import answer_ids
 from .pocket import haystack, load_pocket
@@ -64,7 +64,7 @@ def spectra(
     s = cache_spectra(cache, config)
     return {to: [(v / v[..., :1]).mean(0).tolist() for v in s[name]] for to, name in dict(keys="keys_pre_rope", values="values").items()}
 
-# %% ../nbs/15_demo.ipynb #a17566f5
+# %% ../nbs/15_demo.ipynb #3b29661b
 @torch.no_grad()
 def run_demo(
     context:int=4096, # Tokens of the prompt and a question
@@ -93,10 +93,10 @@ def run_demo(
     for spec, cache in zip(specs, caches):
         held, of = cache_bytes(cache)
         tiers = cache.ledger().total() if isinstance(cache, SpectralCache) else dict(dense=held)
-        answers = [greedy(model, q, copy.deepcopy(cache), len(a)) for q, a in questions]
+        answers = [greedy(model, q, copy_cache(cache), len(a)) for q, a in questions]
         right = [got == a for got, (_, a) in zip(answers, questions)]
         step(f"{spec}: asked {codes} questions")
-        speed = timed_decoding(model, copy.deepcopy(cache), new_tokens)
+        speed = timed_decoding(model, copy_cache(cache), new_tokens)
         step(f"{spec}: decoded {new_tokens} tokens")
         logits = torch.cat([first, extend(model, target[None, :-1], cache)[0]])
         if dense_logits is None: dense_logits = logits

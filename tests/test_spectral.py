@@ -201,3 +201,19 @@ def test_a_check_leaves_the_cache_as_it_is(pocket):
         with pytest.raises(ValueError, match="not all exact"): check_cache(model, ids, model(ids[:, :900], logits_to_keep=600).logits, cache)
         with checked(model, .5): assert model(ids[:, :900], past_key_values=spectral_cache(model, ratio=6), logits_to_keep=1).logits.shape[1] == 1
     with pytest.raises(ValueError, match="above 0"), checked(model, 0.): pass
+
+
+@pytest.mark.parametrize("backend", ["quanto", "hqq"])
+def test_transformers_own_quantized_cache(pocket, backend):
+    "Counted under the same rules, near the arithmetic that stands for it; without the backend an error says what to install."
+    from importlib.util import find_spec
+    from spectral_nb.evaluate import evaluate, parse_spec, summarize
+    from spectral_nb.pocket import haystack, load_pocket
+    model, tok = load_pocket()
+    specs, kw = [f"hf-{backend}4", "hf-int4"], dict(trials=1, codes=1, continuation=32, progress=False)
+    assert parse_spec(specs[0]) is None
+    if not find_spec(dict(quanto="optimum", hqq="hqq")[backend]):
+        with pytest.raises(ValueError, match="needs `pip install"): evaluate(model, tok, specs, haystack("tune"), 400, **kw)
+        return
+    own, ours = (r for r in summarize(evaluate(model, tok, specs, haystack("tune"), 400, **kw), 400) if r["codec"] != "dense")
+    assert own["dense_bytes"] == ours["dense_bytes"] and abs(own["ratio"] / ours["ratio"] - 1) < .1 and own["kl"] < .1
