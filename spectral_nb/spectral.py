@@ -22,14 +22,14 @@ from torch import Tensor
 from .codec import STORES, SpectralConfig
 from .rope import RopeTable, turn
 
-# %% ../nbs/02b_spectral.ipynb #47e18836
+# %% ../nbs/02b_spectral.ipynb #8d2d5c04
 GROUP = 16 # Components that share a width
 PAGE = 128 # Tokens that share an anchor, and are coded at a time
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8) # Bits a component may get
 PLANES = (4, 2, 1)
 CHUNK = 32 # Bytes of a key that lie together
 KEY_BYTES = 4 # Bytes of a key's codes are a multiple of this
-MOST_ANCHORS = 32 # Anchors that queries are turned back to when metrics are measured
+MOST_ANCHORS = 32 # Pages, evenly spread, that metrics are measured on
 LOSS_RANK = 2 # Directions of what keys lose that are kept
 FIT_TOKENS, STEP_TOKENS = 2048, 512 # Tokens, evenly spread, that bases and steps are fitted to
 
@@ -245,7 +245,7 @@ def spectrum(
     variance, Q = decorrelate(L.mT @ covariance @ L)
     return Spectrum(variance, L @ Q, torch.linalg.solve_triangular(L.mT, Q, upper=True).mT, mean)
 
-# %% ../nbs/02b_spectral.ipynb #04fc942a
+# %% ../nbs/02b_spectral.ipynb #d4fb0693
 def anchor_angles(
     start:int, # Slot of the first key, a multiple of `PAGE`
     n:int, # Keys
@@ -273,10 +273,10 @@ def query_at_anchors(
     start:int, # Slot of the first page
     pages:int,
     table:RopeTable,
-    every:int=1, # Pages that share an anchor
-) -> Tensor: # `[B, H, pages / every, Q, D]` float32
+    skip:int=1, # Every `skip`-th page only
+) -> Tensor: # `[B, H, pages / skip, Q, D]` float32
     "Queries turned back to each page's anchor."
-    cos, sin = table.rows(start + PAGE * torch.arange(0, pages, every, device=query_states.device) + PAGE * every // 2)
+    cos, sin = table.rows(start + PAGE * torch.arange(0, pages, skip, device=query_states.device) + PAGE // 2)
     return turn(query_states[:, :, None], cos[:, None], -sin[:, None], table.interleaved)
 
 # %% ../nbs/02b_spectral.ipynb #509d6e8c
@@ -298,7 +298,7 @@ class Sensitivity:
     share:Tensor # Of the attention that coded tokens receive `[B, H, n, 1]`, sum 1
     queries:Tensor # Second moment of queries at anchors `[B, H, D, D]`
 
-# %% ../nbs/02b_spectral.ipynb #9c4dcb7b
+# %% ../nbs/02b_spectral.ipynb #f5a4ff92
 @torch.no_grad()
 def sensitivity(
     sample:Sample,
@@ -319,26 +319,26 @@ def sensitivity(
     a = torch.softmax(s, -1, dtype=torch.float32)
     del s
     out = (a.flatten(2, 3).to(dtype) @ v).float().view(B, H, -1, q, v.shape[-1])
-    a = a[..., :n] * weight[:, :, None].mT
-    share = a.sum((2, 3))[..., None]
+    share = a[..., :n].sum((2, 3))[..., None] * weight
     share = torch.where(share.sum(-2, keepdim=True) > 0, share, weight)
     share = share / share.sum(-2, keepdim=True).clamp_min(1e-30)
+    skip = max(1, -(-n // (PAGE * MOST_ANCHORS))) # long prompts: metrics from every second page, and so on
+    some = lambda x, dim: x.narrow(dim, 0, n).unflatten(dim, (-1, PAGE)).transpose(0, dim)[::skip].transpose(0, dim).flatten(dim, dim + 1)
+    a, v = some(a, 4) * some(weight, 2)[:, :, None].mT, some(v, 2)
     G = sample.gram.float().view(1, H, -1, *sample.gram.shape[1:])
     size = G.diagonal(dim1=-2, dim2=-1).mean().clamp_min(1e-30)
-    near = v[:, :, :n].float().mean(2, keepdim=True) # distances lose nothing in half precision once the mean is gone
-    vc, oc, Gn = v[:, :, None, :n] - near[:, :, None].to(dtype), out - near[:, :, None], G / size
+    near = v.float().mean(2, keepdim=True) # distances lose nothing in half precision once the mean is gone
+    vc, oc, Gn = v[:, :, None] - near[:, :, None].to(dtype), out - near[:, :, None], G / size
     oG = oc @ Gn
     moved = (oG.to(dtype) @ vc.mT).float().mul_(-2)
     moved += ((vc @ Gn.to(dtype)) * vc).sum(-1, dtype=torch.float32)[..., None, :]
     moved += (oG * oc).sum(-1)[..., None]
     a.square_()
-    every = max(1, -(-n // (PAGE * MOST_ANCHORS)))
-    pages = -(-n // (PAGE * every))
-    moved = torch.nn.functional.pad(moved.clamp_min_(0).mul_(a), (0, pages * every * PAGE - n)).unflatten(-1, (pages, -1)).sum(-1)
-    at = query_at_anchors(sample.queries.reshape(B, H, -1, D), start, n // PAGE, table, every)
+    moved = moved.clamp_min_(0).mul_(a).unflatten(-1, (-1, PAGE)).sum(-1).mul_(skip)
+    at = query_at_anchors(sample.queries.reshape(B, H, -1, D), start, n // PAGE, table, skip)
     keys = (at * moved.movedim(-1, 2).flatten(3)[..., None]).flatten(2, 3).mT @ at.flatten(2, 3) * (size * sample.scaling ** 2 / q)
     flat = at.flatten(2, 3)
-    return Sensitivity(keys, (a.sum((-2, -1))[..., None, None] * G).sum(2) / q, share, flat.mT @ flat / flat.shape[2])
+    return Sensitivity(keys, (a.sum((-2, -1))[..., None, None] * G).sum(2) * (skip / q), share, flat.mT @ flat / flat.shape[2])
 
 # %% ../nbs/02b_spectral.ipynb #a9cb42ab
 @dataclass
@@ -547,29 +547,30 @@ class Loss:
         "Variance of the unscaled scores that was lost."
         return (at @ self.directions.float().mT[:, :, None]).square().sum(-1) + self.rest * at.square().sum(-1)
 
-# %% ../nbs/02b_spectral.ipynb #8be8e771
+# %% ../nbs/02b_spectral.ipynb #8d33edf7
 def together(
     f, # Tensors with a leading batch axis to several such tensors
     *args:list[Tensor], # One list for each argument, one entry for each layer
-    most:int|None=None, # Elements that a call may get; default: 64 MiB of float32 on a GPU, 1 MiB on a CPU
+    most:int|None=None, # Elements that a call may get; default: 32 MiB of float32 on a GPU, 1 MiB on a CPU
 ) -> list[tuple[Tensor, ...]]: # What `f` gives for each entry
     "Call `f` as few times as shapes allow."
     groups, out = defaultdict(list), [None] * len(args[0])
     for i, ts in enumerate(zip(*args)): groups[tuple((t.shape, t.device) for t in ts)].append(i)
     for key, members in groups.items():
-        step = max(1, (most or 2 ** (18 if key[0][1].type == "cpu" else 24)) // max(s.numel() for s, _ in key))
+        step = max(1, (most or 2 ** (18 if key[0][1].type == "cpu" else 23)) // max(s.numel() for s, _ in key))
         for at in range(0, len(members), step):
             part = members[at:at + step]
             for i, o in zip(part, zip(*(t.chunk(len(part)) for t in f(*(torch.cat([a[i] for i in part]) for a in args))))): out[i] = o
     return out
 
-# %% ../nbs/02b_spectral.ipynb #ced027c5
+# %% ../nbs/02b_spectral.ipynb #1b1691a4
 @dataclass
 class Measured:
     "What is known of one layer whose tokens are to be coded."
     sample:Sample|None
     weight:Tensor # 0 for tokens that do not count `[B, 1, n, 1]`
     sensitivity:Sensitivity
+    moments:list[tuple[Tensor, Tensor]] # Of keys at their anchors and of values
     states:tuple[Tensor, Tensor] # Every `stride`-th key, at its anchor, and value, float32
     stride:int
     spectra:tuple[Spectrum, Spectrum]|None=None
@@ -603,7 +604,7 @@ class Segment:
             for n, t in (vars(o).items() if o is not None else ()):
                 if isinstance(t, Tensor): setattr(o, n, f(t))
 
-# %% ../nbs/02b_spectral.ipynb #084df65a
+# %% ../nbs/02b_spectral.ipynb #4db1c90c
 class SpectralStore:
     "Cold tokens of one layer under spectral coding: segments of pages."
     page = PAGE
@@ -635,7 +636,8 @@ class SpectralStore:
         eye = lambda x: torch.eye(x.shape[-1], device=x.device).expand(*x.shape[:2], -1, -1)
         if sample is None: s = Sensitivity(eye(keys), eye(values), (weight / weight.sum(2, keepdim=True).clamp_min(1)).expand(*keys.shape[:2], -1, -1), eye(keys))
         else: s = sensitivity(sample, key_states, value_states, weight, start, self.table)
-        self.measured = Measured(sample, weight, s, (keys, values), stride)
+        found, fine = [moments(x, weight[:, :, ::stride]) for x in (keys, values)], max(1, keys.shape[2] // STEP_TOKENS)
+        self.measured = Measured(sample, weight, s, found, tuple(x[:, :, ::fine].clone() for x in (keys, values)), stride * fine)
 
     def start(self,
         key_states:Tensor, # **post-RoPE** `[B, H, n, D]`, as measured
@@ -718,19 +720,14 @@ class SpectralStore:
             n -= len(s); kept.append(s)
         self.segments = kept
 
-# %% ../nbs/02b_spectral.ipynb #a02939a8
+# %% ../nbs/02b_spectral.ipynb #62e96d7f
 @torch.no_grad()
 def fit_bases(
     stores:list[SpectralStore], # All measured
     weights:list[tuple[float, float]]|None=None, # What each layer's key and value errors cost at the model's output
 ) -> list[Pool]: # Keys and values of each layer in turn
     "Bases of new segments, and what `allocate` needs to give them bits."
-    jobs = []
-    for o in stores:
-        m = o.measured
-        for x, metric in zip(m.states, (m.sensitivity.keys, m.sensitivity.values)): jobs.append((*moments(x, m.weight[:, :, ::m.stride]), metric))
-        fine = max(1, m.states[0].shape[2] // STEP_TOKENS)
-        m.states, m.stride = tuple(x[:, :, ::fine].clone() for x in m.states), m.stride * fine
+    jobs = [(*found, metric) for o in stores for found, metric in zip(o.measured.moments, (o.measured.sensitivity.keys, o.measured.sensitivity.values))]
     spectra = [Spectrum(*o) for o in together(lambda *a: vars(spectrum(*a)).values(), *zip(*jobs))]
     for i, o in enumerate(stores): o.measured.spectra = spectra[2 * i], spectra[2 * i + 1]
     first = spectra[0].variance.device
