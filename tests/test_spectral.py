@@ -217,3 +217,18 @@ def test_transformers_own_quantized_cache(pocket, backend):
         return
     own, ours = (r for r in summarize(evaluate(model, tok, specs, haystack("tune"), 400, **kw), 400) if r["codec"] != "dense")
     assert own["dense_bytes"] == ours["dense_bytes"] and abs(own["ratio"] / ours["ratio"] - 1) < .1 and own["kl"] < .1
+
+
+@pytest.mark.parametrize("drift,again", [(1.2, True), (2., False)])
+def test_english_then_code(pocket, drift, again):
+    "Code moves the states of some layers out of the bases of English by a fifth or more, and never by a factor of two."
+    from spectral_nb.calibrate import spectral_cache
+    from spectral_nb.pocket import haystack, load_pocket
+    model, ids = pocket
+    code = load_pocket()[1](haystack("code")[0], return_tensors="pt").input_ids
+    cache = spectral_cache(model, ratio=8, drift=drift, exact_dtype="float16")
+    with torch.no_grad(), attention_implementation(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(ids[:, :1500], past_key_values=cache, logits_to_keep=1)
+        for i in range(0, 1280, 128): model(code[:, i:i + 128], past_key_values=cache, logits_to_keep=1)
+    assert any(len(o.cold.segments) > 1 or not o.cold.ready for o in cache.layers) == again

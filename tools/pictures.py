@@ -127,7 +127,7 @@ def pareto(results, context):
 def save(fig, name):
     "A plot as SVG, without the random ids that would change it every time."
     text = fig.to_image("svg").decode()
-    for i, old in enumerate(dict.fromkeys(re.findall(r'id="[a-z]*([0-9a-f]{6})', text))): text = text.replace(old, f"{i:06x}")
+    for i, old in enumerate(dict.fromkeys(re.findall(r'(?:id="[a-z]*|trace)([0-9a-f]{6})', text))): text = text.replace(old, f"{i:06x}")
     (NBS / "images" / f"{name}.svg").write_text(text + "\n")
 
 
