@@ -491,7 +491,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spectral_nb.kernels._hot': ('kernels.html#_hot', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._marks': ('kernels.html#_marks', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._number': ('kernels.html#_number', 'spectral_nb/kernels.py'),
-                                     'spectral_nb.kernels._own_projections': ('kernels.html#_own_projections', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._power': ('kernels.html#_power', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._project': ('kernels.html#_project', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._query': ('kernels.html#_query', 'spectral_nb/kernels.py'),

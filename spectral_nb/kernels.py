@@ -162,59 +162,6 @@ def _project(Q, TAB, PAIR, BASIS, SCALE, CI, CF, RMAX, QT, QS, block, part, row,
         tl.store(to, hi, mask=(page < pages)[:, None])
         tl.store(to + 32, lo, mask=(page < pages)[:, None])
 
-# %% ../nbs/05_kernels.ipynb #03fb5d24
-@jit
-def _own_projections(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QB, bh, first, last, pages, rank, scaling, loss_factor,
-                     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, STEPS: tl.constexpr, PB: tl.constexpr, LR: tl.constexpr, HALVES: tl.constexpr):
-    "What `_project` and `_bias` make, for pages `first` to `last` and all heads of the group; returns the scale of the projections."
-    d = tl.arange(0, D2)
-    c = tl.arange(0, 32)
-    f = tl.arange(0, 16)
-    g = tl.arange(0, GP)
-    row = tl.arange(0, PB * GP)
-    ok = d < D // 2
-    ia, ib = _halves(PAIR, d, ok, D, HALVES)
-    live = (g < G)[:, None] & ok[None, :]
-    qa = tl.load(Q + (bh * G + g)[:, None] * D + ia[None, :], mask=live, other=0).to(tl.float32)
-    qb = tl.load(Q + (bh * G + g)[:, None] * D + ib[None, :], mask=live, other=0).to(tl.float32)
-    norm2 = tl.sum(qa * qa + qb * qb, 1)
-    inv = 1. / tl.maximum(tl.sqrt(norm2), 1e-20)
-    qa, qb = qa * inv[:, None], qb * inv[:, None]
-    rows2 = tl.reshape(tl.broadcast_to(norm2[None, :], [PB, GP]), [PB * GP])
-    rmax = tl.load(RMAX + bh)
-    rest = tl.load(REST + bh)
-    N: tl.constexpr = 2 * GP
-    for p0 in range(first, last, PB):
-        page = p0 + tl.arange(0, PB)
-        inside = (page < last)[:, None] & ok[None, :]
-        at = TAB + page[:, None] * (2 * D) + d[None, :]
-        cos = (tl.load(at, mask=inside, other=0).to(tl.float32) + tl.load(at + D, mask=inside, other=0).to(tl.float32))[:, None, :]
-        sin = (tl.load(at + D // 2, mask=inside, other=0).to(tl.float32) + tl.load(at + D + D // 2, mask=inside, other=0).to(tl.float32))[:, None, :]
-        a = tl.reshape(qa[None, :, :] * cos + qb[None, :, :] * sin, [PB * GP, D2])
-        b = tl.reshape(qb[None, :, :] * cos - qa[None, :, :] * sin, [PB * GP, D2])
-        off = tl.sum(a * tl.load(OFFSET + bh * D + ia, mask=ok, other=0)[None, :] + b * tl.load(OFFSET + bh * D + ib, mask=ok, other=0)[None, :], 1)
-        a16, b16 = a.to(tl.float16), b.to(tl.float16)
-        la = tl.load(LOSS + (bh * LR + f)[None, :] * D + ia[:, None], mask=(f < LR)[None, :] & ok[:, None], other=0)
-        lb = tl.load(LOSS + (bh * LR + f)[None, :] * D + ib[:, None], mask=(f < LR)[None, :] & ok[:, None], other=0)
-        e = tl.dot(a16, la.to(tl.float16))
-        e = tl.dot(b16, lb.to(tl.float16), e)
-        bias = (off * tl.sqrt(rows2) + .5 * loss_factor * rows2 * (rest + tl.sum(e * e, 1))) * (scaling * 1.4426950408889634)
-        pg, gg = p0 + row // GP, row % GP
-        tl.store(QB + (bh * pages + pg) * G + gg, bias, mask=(pg < last) & (gg < G))
-        for step in range(STEPS):
-            comp = tl.load(CI + step * 32 + c)
-            cs = tl.load(CF + step * 32 + c) * tl.load(SCALE + bh * rank + comp) * (32512. / rmax)
-            base = BASIS + (bh * rank + comp)[None, :] * D
-            wa = tl.load(base + ia[:, None], mask=ok[:, None], other=0).to(tl.float16)
-            wb = tl.load(base + ib[:, None], mask=ok[:, None], other=0).to(tl.float16)
-            y = tl.dot(a16, wa)
-            y = tl.dot(b16, wb, y)
-            q = (y * cs[None, :] + 12582912.).to(tl.int32, bitcast=True)
-            to = QT + (((bh * pages + pg).to(tl.int64) * STEPS + step) * N + 2 * gg)[:, None] * 32 + c[None, :]
-            tl.store(to, ((q + 128) >> 8).to(tl.int8), mask=(pg < last)[:, None])
-            tl.store(to + 32, q.to(tl.int8), mask=(pg < last)[:, None])
-    return tl.sqrt(norm2) * rmax * (scaling * 1.4426950408889634 / 32512.)
-
 # %% ../nbs/05_kernels.ipynb #b30199c2
 def thread_order(
     columns:Tensor, # `[steps * 32]`
@@ -365,11 +312,10 @@ def _write(K, V, HK, HV, HKS, HVS, AT, hot_row:int, D: tl.constexpr, DP: tl.cons
         tl.store(HV + to * D + d, q, mask=ok)
         tl.store(HVS + to, scale)
 
-# %% ../nbs/05_kernels.ipynb #e0434ff1
+# %% ../nbs/05_kernels.ipynb #03102ef0
 @jit
-def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX,
-           pages:int, per_split:int, marked:int, first_page:int, L:int, wk4:int, WV:int, mask_row:int, rank:int, scaling, loss_factor, cap2,
-           D: tl.constexpr, D2: tl.constexpr, PB: tl.constexpr, LR: tl.constexpr, HALVES: tl.constexpr, FUSED: tl.constexpr, H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, KSUB: tl.constexpr, VSUB: tl.constexpr, KOFF: tl.constexpr, VOFF: tl.constexpr, KSTEPS: tl.constexpr, VSTEPS: tl.constexpr,
+def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_split:int, marked:int, first_page:int, L:int, wk4:int, WV:int, mask_row:int, cap2,
+           H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, KSUB: tl.constexpr, VSUB: tl.constexpr, KOFF: tl.constexpr, VOFF: tl.constexpr, KSTEPS: tl.constexpr, VSTEPS: tl.constexpr,
            T: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, ASM: tl.constexpr):
     "Attention of one query to coded tokens: maximum, sum and sums of value codes of each part."
     split = tl.program_id(0)
@@ -388,12 +334,9 @@ def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, Q, TAB, PAIR, BA
     l_run = tl.zeros([GP], tl.float32)
     acc = ()
     for i in tl.static_range(VSTEPS): acc = acc + (tl.zeros([16, GP], tl.float32),)
+    scale = tl.load(QS + bh * G + g, mask=g < G, other=0)
     first = split * per_split
     last = tl.minimum(first + per_split, pages)
-    if FUSED:
-        scale = _own_projections(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QB, bh, first, last, pages, rank, scaling, loss_factor, G, GP, D, D2, KSTEPS, PB, LR, HALVES)
-        tl.debug_barrier()
-    else: scale = tl.load(QS + bh * G + g, mask=g < G, other=0)
     for tile in range(first * (128 // T), last * (128 // T)):
         page = tile // (128 // T)
         tt = tile % (128 // T) * T + t
@@ -571,7 +514,7 @@ def merge(MO, LO, AO, ME, LE, AE, BASIS, SCALE, CI, CF, OFFSET, OUT, S:int, have
         tl.store(LE + o, total)
         tl.store(AE + o * D + d, out, mask=d < D)
 
-# %% ../nbs/05_kernels.ipynb #e9a144aa
+# %% ../nbs/05_kernels.ipynb #1de895ca
 @dataclass(frozen=True)
 class LayoutTables:
     "`Steps` of a layout on a device."
@@ -583,13 +526,12 @@ class LayoutTables:
 @lru_cache
 def layout_tables(
     layout:Layout,
-    keys:bool, # Chunks of `CHUNK` bytes; else values, chunks of 16
+    keys:bool, # Chunks of `CHUNK` bytes in thread order; else values, chunks of 16
     device:torch.device,
-    threads:bool=True, # Columns of keys in thread order, for `prepare`
 ) -> LayoutTables:
     "Tables that `prepare`, `decode` and `merge` read."
     steps = steps_of(layout, CHUNK if keys else GROUP)
-    order = thread_order if keys and threads else lambda x: x
+    order = thread_order if keys else lambda x: x
     masks = torch.tensor(steps.masks, dtype=torch.uint8).view(torch.int8)
     comps, factors = order(torch.tensor(steps.comps, dtype=torch.int32)), order(torch.tensor(steps.factors))
     return LayoutTables(steps, masks.to(device), comps.contiguous().to(device), factors.contiguous().to(device))
@@ -647,7 +589,7 @@ class Scratch:
 
 scratch = Scratch()
 
-# %% ../nbs/05_kernels.ipynb #3292f367
+# %% ../nbs/05_kernels.ipynb #eb9f3174
 @dataclass(frozen=True)
 class Tuning:
     "Sizes of programs. The defaults were measured on an H100 (`nbs/results/bench_attention.json`)."
@@ -662,7 +604,6 @@ class Tuning:
     merge_warps:int=4
     parts:int=64 # Of a tile of `merge`
     dims:int=64 # Of a program of `merge`
-    fuse:int=4 # Pages of a program of `decode` from which on it makes its own projections
     gemv:bool=False # Without tensor cores
 
 T4 = Tuning(tokens=32, programs=320, warps=4, stages=1, pages=16, prepare_warps=4, hot=16, gemv=True)
@@ -776,7 +717,7 @@ def aligned(
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
-# %% ../nbs/05_kernels.ipynb #19ec5d26
+# %% ../nbs/05_kernels.ipynb #869b8ebc
 def plan_launches(
     layer:SpectralLayer,
     step:dict[str, Tensor], # query, key, value, out, mask, length
@@ -816,10 +757,8 @@ def plan_launches(
         mo, lo, ao = scratch("mo", dev, f32, BH, S, G), scratch("lo", dev, f32, BH, S, G), scratch("ao", dev, f32, BH, S, G, vs.count * GROUP)
         loss, rest = (s.key_norm, s.key_norm) if s.loss is None else (s.loss.directions, s.loss.rest)
         factor, marks, here = float(scaling if s.loss is not None else 0), *((1, hots) if i == 0 else (0, 0))
-        fused = not t.gemv and split >= t.fuse
         shared = dict(D=D, D2=_power(D // 2), LR=LR, HALVES=not layer.table.interleaved and layer.table.rotary_dim == D)
-        programs = here + marks + (0 if fused else _ceil(blocks, bper) * G + _ceil(blocks, per) * parts * G)
-        if programs: add(prepare, (programs, BH), (
+        add(prepare, (here + marks + _ceil(blocks, bper) * G + _ceil(blocks, per) * parts * G, BH), (
             q, table[first:], pairs, s.keys.basis, s.keys.scale, kt.comps, kt.factors, s.keys.offset, loss, rest, s.key_norm, qt, qs, qb, hot.keys, hot.values, hot.keys_scale, hot.values_scale,
             layer.landmark_keys, layer.landmark_values, layer.landmark_slots, step["key"], step["value"], step["mask"], step["length"], me, le, ae,
             here, marks, E, pages, per, bper, s.keys.layout.rank, len(layer.cold), L, mask_row, room, float(scaling), factor, cap2),
@@ -829,12 +768,8 @@ def plan_launches(
         else: kc, vc = kc.view(i8), vc.view(i8)
         codes = kc, vc, q8, qs, qb, layer.landmark_slots, step["mask"], m8, vt.masks, mo, lo, ao
         lengths = pages, split, marked_pages(layer), first, L, kc.shape[-1] * (4 if t.gemv else 1) // (4 * PAGE), vs.width, mask_row
-        if not t.gemv:
-            own = layout_tables(s.keys.layout, True, dev, False)
-            codes += q, table[first:], pairs, s.keys.basis, s.keys.scale, own.comps, own.factors, s.keys.offset, loss, rest, s.key_norm
-            lengths += s.keys.layout.rank, float(scaling), factor
         add(decode_gemv if t.gemv else decode, (S, BH), (*codes, *lengths, cap2), dict(
-            **({} if t.gemv else dict(FUSED=fused, PB=max(1, 32 // GP), **shared)), H=H, G=G, GP=GP, KSUB=ks.subs, VSUB=vs.subs, KOFF=ks.offsets, VOFF=vs.offsets, KSTEPS=ks.count, VSTEPS=vs.count,
+            H=H, G=G, GP=GP, KSUB=ks.subs, VSUB=vs.subs, KOFF=ks.offsets, VOFF=vs.offsets, KSTEPS=ks.count, VSTEPS=vs.count,
             T=t.tokens, ASM=asm, **flags), num_warps=t.warps, num_stages=t.stages)
         add(merge, (BH * G, _ceil(D, t.dims)), (
             mo, lo, ao, me, le, ae, s.values.basis, s.values.scale, vt.comps, vt.factors, s.values.offset, step["out"], S, hots + 1 + i, E, s.values.layout.rank),

@@ -440,7 +440,7 @@ class Quantizer:
         out = torch.baddbmm(self.bias[..., :rank].flatten(0, 1), x.flatten(0, 1), self.analysis[..., :rank].flatten(0, 1)).view(B, H, n, rank)
         return torch.minimum(out.round_().clamp_(min=0), self.top[..., :rank], out=out)
 
-# %% ../nbs/02b_spectral.ipynb #7148aa89
+# %% ../nbs/02b_spectral.ipynb #fcfd2922
 @dataclass
 class Coded:
     "Packed codes of `n` tokens, and the basis that they refer to."
@@ -499,9 +499,10 @@ class Coded:
             codes = x.new_zeros(*x.shape[:3], 0)
         else:
             rows = self.rows()
-            gram = rows @ rows.mT
-            gram = gram + 1e-6 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(gram.shape[-1], device=x.device)
-            codes = torch.linalg.solve(gram, rows @ (x - self.offset).mT).mT
+            size = rows.norm(dim=-1, keepdim=True).clamp_min(1e-20)
+            unit = rows / size
+            L = torch.linalg.cholesky_ex(unit @ unit.mT + 1e-6 * torch.eye(len(unit[0, 0]), device=x.device))[0]
+            codes = (torch.cholesky_solve(unit @ (x - self.offset).mT, L) / size).mT
         top = 2 * self.middle()
         codes = codes.round().clamp(min=torch.zeros_like(top), max=top)
         self.codes = torch.cat([self.codes, to_pages(self.layout.pack(codes.to(torch.uint8)), self.by_byte)], 2)

@@ -21,7 +21,7 @@ def run(script, *args, **env):
 
 
 @needs_triton
-@pytest.mark.parametrize("kind", ["dot", "fused", "gemv"])
+@pytest.mark.parametrize("kind", ["dot", "gemv"])
 @pytest.mark.parametrize("part", range(4))
 def test_numbers_in_the_interpreter(kind, part):
     "Within 2e-3 (bf16: 8e-3, the rounding of its output) of the PyTorch path in float32 on the same codes."
@@ -31,7 +31,7 @@ def test_numbers_in_the_interpreter(kind, part):
 @needs_triton
 @pytest.mark.parametrize("names", [["group4", "group16"], ["dim256", "float16"], ["many_bits", "padded", "softcap"]])
 def test_builds_for_three_architectures(names, tmp_path):
-    "sm_75 stays within 48 KB of shared memory; no kernel spills more than 1 KB a thread."
+    "sm_75 stays within 48 KB of shared memory; no kernel spills more than 256 bytes a thread."
     assert "'arch': 75" in run("kernels_compiled.py", tmp_path, *names)
 
 
