@@ -89,7 +89,7 @@ def cosine_only():
         return keys, values
     with swap.object(attention, "_exact_parts", _exact_parts): yield
 
-# %% ../nbs/07a_faults.ipynb #7b5f490b
+# %% ../nbs/07a_faults.ipynb #70379c3a
 @known_fault("queries are turned back by their distance from the key instead of the key's position")
 def distance():
     now, inner, attend = [0], spectral.query_at_anchors, attention.attend
@@ -97,27 +97,31 @@ def distance():
     def attend_(layer, query_states, *args, **kwargs):
         now[0] = layer.get_seq_length() + query_states.shape[2] - 1
         return attend(layer, query_states, *args, **kwargs)
-    def query_at_anchors(query_states, start, pages, table):
-        anchors = start + PAGE * torch.arange(pages, device=query_states.device) + PAGE // 2
-        cos, sin = table.rows((now[0] - anchors).clamp_min(0))
-        return turn(query_states[:, :, None], cos[:, None], -sin[:, None], table.interleaved)
+    def query_at_anchors(query_states, start, pages, table, *args, **kwargs):
+        right = inner(query_states, start, pages, table, *args, **kwargs)
+        every = PAGE * pages // right.shape[2]
+        anchors = start + every * torch.arange(right.shape[2], device=right.device) + every // 2
+        cos, sin = table.rows(2 * anchors - now[0]) # from R(-anchor) to R(-(now - anchor))
+        return turn(right, cos[:, None], sin[:, None], table.interleaved)
     with swap.object(spectral, "query_at_anchors", query_at_anchors), _attend(attend_): yield
 
-# %% ../nbs/07a_faults.ipynb #b65405ff
+# %% ../nbs/07a_faults.ipynb #b6065132
 @known_fault("keys are stored before RoPE and queries meet them after it")
 def rope_mix():
-    def query_at_anchors(query_states, start, pages, table): return query_states.float()[:, :, None].expand(-1, -1, pages, -1, -1)
+    inner = spectral.query_at_anchors
+    def query_at_anchors(query_states, *args, **kwargs): return query_states.float()[:, :, None].expand_as(inner(query_states, *args, **kwargs))
     with swap.object(spectral, "query_at_anchors", query_at_anchors): yield
 
-# %% ../nbs/07a_faults.ipynb #0933ca68
+# %% ../nbs/07a_faults.ipynb #a0824922
 def _encode_at(slots_of):
     "Keys turned back to the anchors of other slots: `slots_of(anchors, start)`."
     inner = spectral.to_anchor
-    def to_anchor(key_states, start, table, back=False):
-        if back: return inner(key_states, start, table, back)
-        slots = torch.arange(key_states.shape[2], device=key_states.device)
-        cos, sin = table.rows(slots_of(start + slots // PAGE * PAGE + PAGE // 2, start))
-        return turn(key_states, cos, -sin, table.interleaved)
+    def to_anchor(key_states, start, table, back=False, stride=1, **kwargs):
+        right = inner(key_states, start, table, back=back, stride=stride, **kwargs)
+        if back: return right
+        anchors = start + stride * torch.arange(right.shape[2], device=right.device) // PAGE * PAGE + PAGE // 2
+        cos, sin = table.rows(anchors - slots_of(anchors, start))
+        return turn(right, cos, sin, table.interleaved)
     return swap.object(spectral, "to_anchor", to_anchor)
 
 @known_fault("position_ids [T] are read as [B, T]: every key is turned back by the first position")

@@ -249,7 +249,7 @@ def check_import_contamination(
     else: verdict = Verdict("ok", f"the patch replaced {len(_changes('', before, during))} functions and left no copy behind; un-patching put all back")
     return ContaminationReport(Table(rows), Table(stale), Table(left), verdict)
 
-# %% ../nbs/07b_tracing.ipynb #fbd27978
+# %% ../nbs/07b_tracing.ipynb #e39cb600
 @dataclass
 class CompatibilityReport:
     "One row for each cache, implementation and `use_cache`."
@@ -309,11 +309,13 @@ def cache_compatibility(
         elif gap is not None and gap > most: faults.append(f"{what}: {100 * gap:.0f} % of a head's attention goes elsewhere than to rebuilt keys")
         return logits
     for name in implementations:
-        with CachedRun(model) as run, attention_implementation(model, name):
-            def dense(): run(head); return stepwise(run)
-            logits = row("dense", name, True, dense, reference, faults=weak)
-            reference = logits if reference is None else reference
-            row("dense", name, False, whole, reference, faults=weak)
+        def dense():
+            with CachedRun(model) as run, attention_implementation(model, name): run(head); return stepwise(run)
+        def no_cache():
+            with attention_implementation(model, name): return whole()
+        logits = row("dense", name, True, dense, reference, faults=weak)
+        reference = logits if reference is None else reference
+        row("dense", name, False, no_cache, reference, faults=weak)
     label = codec if isinstance(codec, str) else getattr(codec, "__name__", type(codec).__name__)
     with CachedRun(model, codec) as run: # filled as a prompt is filled, then read in every way
         run(head)
@@ -321,8 +323,10 @@ def cache_compatibility(
         filled, length = run.cache, run.length
         for name in dict.fromkeys(["spectral", *implementations]):
             run.cache, run.length = copy.deepcopy(filled), length
-            with attention_implementation(model, name), record_attention() as calls:
-                logits = row(label, name, True, lambda: stepwise(run), some, (lambda: attention_gap(run.cache, calls)) if name == "spectral" else None)
+            with record_attention() as calls:
+                def read():
+                    with attention_implementation(model, name): return stepwise(run)
+                logits = row(label, name, True, read, some, (lambda: attention_gap(run.cache, calls)) if name == "spectral" else None)
             some = logits if some is None else some
     if not callable(codec): # a patched model that is told to keep nothing is the dense model
         with spectral(model, spectral_config=parse_spec(codec) if isinstance(codec, str) else codec): row(label, "patched model", False, whole, reference)
