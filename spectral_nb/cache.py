@@ -445,7 +445,7 @@ def tensors(self:SpectralLayer) -> dict[tuple[str, str], Tensor]: # By tier and 
         out |= {("hot", n): t for n, t in self.hot.tensors().items()}
         out |= {("landmarks", n): getattr(self, f"landmark_{n}") for n in ("keys", "values", "slots")}
     out |= {("other", n): getattr(self, n) for n in ("importance", "padding", "position_offset") if getattr(self, n) is not None}
-    if self.sample is not None: out["other", "queries"] = self.sample.queries
+    if self.sample is not None: out |= {("sample", n): t for n, t in vars(self.sample).items() if isinstance(t, Tensor)}
     if self.pending: out |= {("hot", f"new_{n}"): t for n, t in zip(("keys", "values"), self.pending)}
     return out
 
@@ -482,7 +482,7 @@ def fixed_nbytes(
     "What a layer will hold besides codes and bases once `n` of its hot tokens are coded."
     B, H, _, D = layer.landmark_keys.shape
     Dv, hot = layer.landmark_values.shape[-1], layer.hot_length - n
-    held = sum(t.untyped_storage().nbytes() for (tier, name), t in layer.tensors().items() if tier != "hot" and name != "queries")
+    held = sum(t.untyped_storage().nbytes() for (tier, name), t in layer.tensors().items() if tier not in ("hot", "sample"))
     return held + B * H * (hot * (D + Dv + 4) + 4 * (D + Dv) + (2 * LOSS_RANK * D + 4 if layer.sample is not None else 0))
 
 # %% ../nbs/03_cache.ipynb #7a3002ff

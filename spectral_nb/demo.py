@@ -140,7 +140,7 @@ def spectrum_figure(
     return fig.update_layout(title=f"Singular values of {what}", **LAYOUT)
 
 # %% ../nbs/15_demo.ipynb #06420df2
-TIERS = ("dense", "cold", "landmarks", "hot", "sliding", "other", "rope")
+TIERS = ("dense", "cold", "landmarks", "hot", "sliding", "sample", "other", "rope")
 
 def bytes_figure(demo:Demo) -> go.Figure:
     "Bytes of each codec's cache, by tier."

@@ -472,7 +472,7 @@ def divergence_figure(log:DivergenceLog) -> go.Figure:
     fig.update_yaxes(title="KL (nats)", row=1, col=1).update_yaxes(autorange="reversed", title="layer", row=2, col=1)
     return fig.update_layout(title=f"{log.codec} on the dense model's tokens (orange: another token came first)", **{**LAYOUT, "height": 560, "margin": dict(l=90, r=20, t=60, b=90)})
 
-# %% ../nbs/07_diagnostics.ipynb #b5d12486
+# %% ../nbs/07_diagnostics.ipynb #dc84cacb
 @contextmanager
 def seeded(
     seed:int,
@@ -498,7 +498,8 @@ def sampled(
     with seeded(seed), CachedRun(model, codec) as run:
         for i in range(n):
             rows.append(run(out[-1:] if out else ids)[-1].cpu())
-            out.append(torch.multinomial(torch.softmax(rows[-1] / temperature, -1), 1).item())
+            p = torch.softmax(rows[-1] / temperature, -1)
+            out.append(torch.multinomial(p, 1).item() if p.isfinite().all() else 0)
     return out, torch.stack(rows)
 
 # %% ../nbs/07_diagnostics.ipynb #b331c5c9

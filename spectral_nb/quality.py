@@ -29,14 +29,14 @@ from .info import Table
 from .needle import answer_ids, make_needle, plant
 from .rope import rope_table, unapply_rope
 
-# %% ../nbs/07c_quality.ipynb #90a2673d
+# %% ../nbs/07c_quality.ipynb #7d9d652b
 def distinct_ngrams(
     tokens:list[int],
     n:int=2,
 ) -> float: # 0 to 1
     "Share of n-grams that are new when they occur."
     grams = list(zip(*(tokens[i:] for i in range(n))))
-    return len(set(grams)) / max(len(grams), 1)
+    return len(set(grams)) / len(grams) if grams else 1.
 
 def repetitive(
     tokens:list[int],
@@ -405,7 +405,7 @@ def state_errors(
         total = total + torch.stack([x.square().sum() for x, _ in pairs])
     return tuple((lost / total.clamp_min(1e-30)).sqrt().tolist())
 
-# %% ../nbs/07c_quality.ipynb #33539460
+# %% ../nbs/07c_quality.ipynb #ee21148f
 CANDIDATES = ("spectral:6x", "spectral:8x", "spectral:12x", "spectral:16x", "rank:16/32", "rank:32/64", "rank:64/128")
 
 @dataclass
@@ -444,7 +444,8 @@ def quality_tuning(
         return QualityReport(*(Table([]) for _ in range(3)), None, Table([]), None, Verdict("inconclusive", f"the dense model recalls {100 * base:.0f} % of the codes itself, {100 * recall_target:.0f} % were asked for: nothing can be recommended"))
     scores = [s for t in todo for s in score_trial(model, tok, t, list(codecs))]
     rows, ids = Table(summarize(scores, context)), todo[0].ids
-    dense, *caches = _filled(model, ids, codecs)
+    dense, *caches = (new_cache(c, model) for c in ("dense", *codecs))
+    prefill(model, torch.tensor([ids], device=model.device), [dense, *caches])
     at = _needle_span(tok, todo[0])
     wrong = []
     by = {r["codec"]: r for r in rows}
@@ -460,11 +461,11 @@ def quality_tuning(
         elif coded and not max(k, v) < 1: wrong.append(f"states under {c} are {100 * max(k, v):.0f} % off: leaving them out would be closer")
     keep = "codec ratio recall kl key_error value_error key_explained value_explained needle_key_error needle_value_error key_bound value_bound".split()
     shown = Table([{k: r.get(k) for k in keep} for r in rows], f"{len(todo)} prompts of {context} tokens with {codes} codes each")
+    if wrong: return QualityReport(shown, Table([]), Table([]), None, Table([]), None, Verdict("fault", wrong[0]))
     weighting, landmarks = _weighting(model, ids, dense, at, todo[0].continuation), _landmarks(model, ids, todo[0].continuation)
     good = [c for c in codecs if by[c]["recall"] >= recall_target]
     chosen, final, config = None, Table([]), None
-    if wrong: verdict = Verdict("fault", wrong[0])
-    elif not good: verdict = Verdict("fault", f"no codec recalls {100 * recall_target:.0f} %, the dense model {100 * base:.0f} %")
+    if not good: verdict = Verdict("fault", f"no codec recalls {100 * recall_target:.0f} %, the dense model {100 * base:.0f} %")
     else:
         chosen = max(good, key=lambda c: by[c]["ratio"])
         config = parse_spec(chosen)
