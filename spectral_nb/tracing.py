@@ -93,7 +93,7 @@ def traced_generate(
         finally: handle.remove()
     return steps
 
-# %% ../nbs/07b_tracing.ipynb #a7cf0bdc
+# %% ../nbs/07b_tracing.ipynb #4cabbe54
 ATTENTION = r"Attention\w*\.forward$|attention_forward$|(dense|softmax)_attention$|fast_forward|\battend$|get_kv$|_attention_hook$|_decode_attention$" # Functions that compute attention
 
 @dataclass
@@ -102,12 +102,14 @@ class TraceReport:
     rows:Table # `step, phase, layer, tokens, path, reads, length`
     verdict:Verdict
 
-    def _repr_markdown_(self):
+    def folded(self) -> Table: # `step, phase, layers, tokens, path, reads, length`
+        "One row for layers that did the same."
         short = {}
         for r in self.rows: short.setdefault((r["step"], r["phase"], r["tokens"], r["path"], r["reads"], r["length"]), []).append(r["layer"])
-        span = lambda ls: f"{ls[0]} to {ls[-1]}" if len(ls) > 1 else str(ls[0])
-        table = Table([dict(step=k[0], phase=k[1], layers=span(v), tokens=k[2], path=k[3], reads=k[4], length=k[5]) for k, v in short.items()])
-        return f"{self.verdict._repr_markdown_()}\n\n{table._repr_markdown_()}"
+        span = lambda ls: f"{ls[0]} to {ls[-1]}" if len(ls) > 1 and ls == list(range(ls[0], ls[-1] + 1)) else ", ".join(map(str, ls))
+        return Table([dict(step=k[0], phase=k[1], layers=span(v), tokens=k[2], path=k[3], reads=k[4], length=k[5]) for k, v in short.items()])
+
+    def _repr_markdown_(self): return f"{self.verdict._repr_markdown_()}\n\n{self.folded()._repr_markdown_()}"
 
 def trace_forward(
     model,
