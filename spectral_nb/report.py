@@ -67,7 +67,7 @@ def memory_figure(
     fig.update_xaxes(title="MiB").update_yaxes(autorange="reversed", type="category")
     return fig.update_layout(barmode="stack", title=f"Bytes alive after {rows[0]['tokens']:,} tokens", **{**LAYOUT, "height": 240, "margin": dict(l=110, r=20, t=60, b=50)})
 
-# %% ../nbs/17_report.ipynb #7a00d849
+# %% ../nbs/17_report.ipynb #725f2efa
 def _parts(r) -> list:
     "Tables of a report, without their verdict."
     return [t for t in (getattr(r, n, None) for n in ("rows", "runs", "stale", "left")) if t]
@@ -82,6 +82,7 @@ def run_report(
     sweep:bool=False, # Try other codecs too, and recommend one (`quality_tuning`)
     recall_target:float=.95, # For the sweep
     seed:int=0,
+    only:tuple[str, ...]|None=None, # Names of diagnostics; default: all
     progress:bool=True,
     command:str|None=None, # For the stamp
 ) -> Report:
@@ -113,6 +114,9 @@ def run_report(
     if sweep: todo.append(("quality_tuning", f"Which setting recalls {100 * recall_target:.0f} % at the fewest bytes?", lambda: quality_tuning(model, tok, texts, recall_target, context=context, seed=seed),
                            lambda r: [t for t in (r.rows, r.weighting, r.landmarks, r.final) if t]))
     todo.append(("spectrum_of", "How many directions carry keys and values?", lambda: spectrum_of(model, doc[:context]), _spectra))
+    if only is not None:
+        if unknown := set(only) - {t[0] for t in todo}: raise ValueError(f"unknown diagnostic {sorted(unknown)[0]!r}; known: {', '.join(t[0] for t in todo)}")
+        todo = [t for t in todo if t[0] in only]
     sections = []
     for title, asks, run, show in (bar := tqdm(todo, disable=not progress)):
         bar.set_description_str(f"{title:28}")
@@ -126,11 +130,11 @@ def _spectra(s:dict) -> list:
     mean = lambda name: [(v / v[..., :1]).mean(0).tolist() for v in s[name]]
     return [spectrum_figure(mean("keys_pre_rope"), "keys before RoPE"), spectrum_figure(mean("values"), "values")]
 
-# %% ../nbs/17_report.ipynb #18fb9c3b
+# %% ../nbs/17_report.ipynb #0dca6749
 MARKS = dict(ok=("&#10003;", "#00704F"), fault=("&#10007;", "#B34700"), inconclusive=("?", "#555555"))
 REPORT_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse;margin:.5rem 0}}th,td{{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}}td.n{{text-align:right;font-variant-numeric:tabular-nums}}
+table{{border-collapse:collapse;margin:.5rem 0}}th,td{{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:left;vertical-align:top}}th.n,td.n{{text-align:right;font-variant-numeric:tabular-nums}}
 .wide{{overflow-x:auto;font-size:.9rem}}h2{{margin:2.5rem 0 .3rem;border-top:1px solid #ccc;padding-top:1rem}}.asks{{color:#555;margin:.2rem 0 .6rem}}.mark{{font-weight:700;white-space:nowrap}}
 .verdict{{border-left:4px solid;padding:.3rem .8rem;background:#f7f7f7}}.texts dt{{font-weight:600;margin-top:.6rem}}.texts dd{{margin:0;padding:.4rem .6rem;background:#fafafa;white-space:pre-wrap}}
 .note{{color:#555;font-size:.9rem}}code{{background:#f4f4f4;padding:0 .25rem}}a{{color:#0057A0}}</style></head><body>
@@ -149,8 +153,9 @@ def table_html(
         if isinstance(v, (int, float)): return f'<td class="n">{v:,}</td>' if isinstance(v, int) else f'<td class="n">{v:.6g}</td>'
         return f"<td>{html.escape(str(v))}</td>"
     body = "".join(f"<tr>{''.join(cell(r.get(h)) for h in heads)}</tr>" for r in rows)
-    head = "".join(f"<th>{html.escape(h.replace('_', ' '))}</th>" for h in heads)
-    note = f'<p class="note">{html.escape(rows.caption)}</p>' if getattr(rows, "caption", "") else ""
+    number = lambda h: any(isinstance(r.get(h), (int, float)) and not isinstance(r[h], bool) for r in rows)
+    head = "".join(f"<th{' class=n' if number(h) else ''}>{html.escape(h.replace('_', ' '))}</th>" for h in heads)
+    note = f'<p class="note">{html.escape(rows.caption.replace("`", ""))}</p>' if getattr(rows, "caption", "") else ""
     return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>{note}'
 
 def write_page(

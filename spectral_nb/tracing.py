@@ -203,8 +203,12 @@ def snapshot(
             if inspect.isfunction(f): out[f"model.{n}.{k}" if n else f"model.{k}"] = f # `model` stands for the instance
     return out
 
-# %% ../nbs/07b_tracing.ipynb #6fbdfebd
-def _described(f): return "nothing" if f is None else f"{f.__module__}.{f.__qualname__}"
+# %% ../nbs/07b_tracing.ipynb #1465eeb2
+def _described(f) -> str:
+    "Name of a function, and the module that it was written in where it goes by another's name."
+    if f is None: return "nothing"
+    home = f.__globals__.get("__name__")
+    return f"{f.__module__}.{f.__qualname__}" + (f" (stand-in from {home})" if home != f.__module__ else "")
 
 @dataclass
 class ContaminationReport:

@@ -44,6 +44,19 @@ def test_demo(tmp_path):
     assert "<script src=" not in html and "<link" not in html  # nothing is fetched
 
 
+def test_report(folder, tmp_path):
+    "One page that fetches nothing; a model that knows nothing gets no verdict on the codec's recall, and no crash."
+    page, text = tmp_path / "r.html", tmp_path / "hay.txt"
+    text.write_text(haystack("tune")[1][:20_000], encoding="utf-8")
+    got = run("report", "--html", page, "--model", folder, "--codec", "rank:16/16", "--context", 800, "--haystack", text)
+    assert got.exit_code == 0, got.output
+    verdicts = {l.split()[0]: l.split()[1] for l in got.stdout.splitlines() if l.split()[1:2] and l.split()[1] in ("ok", "fault", "inconclusive")}
+    assert len(verdicts) == 9 and verdicts["needle_in_a_haystack"] == verdicts["log_ground_truth"] == "inconclusive"
+    assert verdicts["trace_forward"] == verdicts["memory_profile"] == verdicts["check_determinism"] == verdicts["check_import_contamination"] == "ok"
+    html = page.read_text(encoding="utf-8")
+    assert "<script src=" not in html and "<link" not in html and html.count("plotly-graph-div") >= 6 and all(f'id="{n}"' in html for n in verdicts)
+
+
 def test_eval_on_the_pocket_model(tmp_path):
     out = tmp_path / "rows.json"
     got = run("eval", "--codec", "rank:64/128", "--context", 700, "--trials", 2, "--seed", 3, "--json", out)
