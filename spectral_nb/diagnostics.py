@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['OKABE_ITO', 'LAYOUT', 'Verdict', 'CachedRun', 'AttentionCall', 'record_attention', 'slot_scores', 'attention_probs',
-           'AttentionMaps', 'attention_maps', 'cache_spectra', 'spectrum_of', 'Step', 'Cause', 'find_loop',
-           'DivergenceLog', 'Pass', 'read_steps', 'judge_divergence', 'token_ids', 'log_ground_truth',
+           'AttentionMaps', 'attention_maps', 'cache_layers', 'cache_spectra', 'spectrum_of', 'Step', 'Cause',
+           'find_loop', 'DivergenceLog', 'Pass', 'read_steps', 'judge_divergence', 'token_ids', 'log_ground_truth',
            'divergence_figure', 'seeded', 'sampled', 'DeterminismReport', 'check_determinism']
 
-# %% ../nbs/07_diagnostics.ipynb #2fd48b85
+# %% ../nbs/07_diagnostics.ipynb #d2bbfeaa
 import copy
 import json
 import random
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import plotly.graph_objects as go
@@ -22,13 +23,11 @@ import torch
 from plotly.subplots import make_subplots
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache
 
 from .cache import SpectralCache, SpectralLayer
-from .codec import SpectralConfig
 from .evaluate import attention_implementation, kl_divergence, new_cache, parse_spec
 from .info import Table, stamp
-from .integration import FastPathCache, base_model, model_route, spectral
+from .integration import base_model, model_route, spectral
 from .rope import rope_table, unapply_rope
 
 # %% ../nbs/07_diagnostics.ipynb #0bca5aa1
@@ -44,7 +43,7 @@ class Verdict:
     def __bool__(self): return self.status == "ok"
     def _repr_markdown_(self): return f"**{self.status}**: {self.why}"
 
-# %% ../nbs/07_diagnostics.ipynb #cfe649f5
+# %% ../nbs/07_diagnostics.ipynb #906b2edb
 class CachedRun:
     "A model that reads one sequence through one cache, while the context lasts."
     def __init__(self,
@@ -60,7 +59,7 @@ class CachedRun:
             self.cache = self.codec(self.model) if callable(self.codec) else new_cache(self.codec, self.model)
             self.context = attention_implementation(self.model)
         else:
-            config = parse_spec(self.codec, exact_dtype="bfloat16" if self.model.dtype == torch.bfloat16 else "float16") if isinstance(self.codec, str) else self.codec
+            config = parse_spec(self.codec) if isinstance(self.codec, str) else self.codec
             self.context = nullcontext() if config is None else spectral(self.model, spectral_config=config)
         self.context.__enter__()
         return self
@@ -175,15 +174,22 @@ def attention_maps(
     s = s.masked_fill(torch.arange(n, device=s.device) > slots.to(s.device)[:, None], -torch.inf)
     return AttentionMaps(layer, head, queries, dense.cpu(), torch.softmax(s, -1).cpu())
 
-# %% ../nbs/07_diagnostics.ipynb #b2fcb95b
+# %% ../nbs/07_diagnostics.ipynb #a2534f60
+def cache_layers(
+    cache, # Of transformers, or of either of Unsloth's paths
+) -> list: # With `keys` and `values` where they are dense
+    "The layers of any cache."
+    if isinstance(cache, (tuple, list)): return [SimpleNamespace(keys=k, values=v) for k, v in cache]
+    return list(getattr(cache, "cache", cache).layers)
+
 @torch.no_grad()
 def cache_spectra(
-    cache:Cache, # Dense cache of a prompt
+    cache, # Dense cache of a prompt
     config, # The model's config
 ) -> dict[str, list[Tensor]]: # `keys_pre_rope`, `keys_post_rope`, `values`: for each layer `[kv_heads, head_dim]` float64 on the CPU, descending
     "Singular values of every layer's and head's keys, before and after RoPE, and values (first row of a batch)."
     out = dict(keys_pre_rope=[], keys_post_rope=[], values=[])
-    for i, layer in enumerate(cache.layers):
+    for i, layer in enumerate(cache_layers(cache)):
         end = getattr(layer, "cumulative_length", None) or layer.keys.shape[2] # a sliding window holds the last tokens only
         positions = torch.arange(end - layer.keys.shape[2], end, device=layer.keys.device)
         for name, x in zip(out, (unapply_rope(layer.keys.float(), positions, rope_table(config, i)), layer.keys.float(), layer.values.float())):
@@ -196,7 +202,6 @@ def spectrum_of(
 ) -> dict[str, list[Tensor]]: # As `cache_spectra`
     "Singular values of a text's keys and values in every layer and head of a model."
     with CachedRun(model) as run: run(ids)
-    if not hasattr(run.cache, "layers"): raise ValueError(f"{type(model).__name__} is on Unsloth's fast path, which keeps no transformers cache; load the same model with transformers to see its spectra")
     return cache_spectra(run.cache, model.config)
 
 # %% ../nbs/07_diagnostics.ipynb #f1df4c4c
