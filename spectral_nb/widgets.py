@@ -154,7 +154,7 @@ def _repr_mimebundle_(self:Explorer, include=None, exclude=None):
     shown = {"application/vnd.jupyter.widget-view+json": dict(version_major=2, version_minor=0, model_id=self.widget().model_id)} if in_kernel() else display_data(self.figure())[0]["data"]
     return {"text/plain": repr(self), **shown}
 
-# %% ../nbs/08_widgets.ipynb #b277ca4b
+# %% ../nbs/08_widgets.ipynb #18a39fbb
 def dense_layers(
     cache, # Of a dense run
 ) -> list: # One a layer, with `keys` (**post-RoPE**) and `values` `[B, kv_heads, n, D]`
@@ -171,7 +171,7 @@ class SpectrumExplorer(Explorer):
         tokenizer,
         prompt:str|Tensor, # Text, or tokens; whole pages of 128 tokens count
         kind:str="keys_pre_rope", # One of `KINDS`
-        layer:int=0,
+        layer:int|None=None, # Default: the first one that attends to all tokens; those with a sliding window are not compressed
         head:int=0, # Of keys and values
         rank:int|None=None, # Components that may get bits, a multiple of 16; default: all
         bits:float=2., # Mean bits of a coefficient, with what bases take
@@ -181,16 +181,19 @@ class SpectrumExplorer(Explorer):
         if len(ids) < PAGE: raise ValueError(f"the prompt has {len(ids)} tokens; states are coded in pages of {PAGE}, so it takes at least one page")
         self.ids = ids[:len(ids) // PAGE * PAGE]
         with CachedRun(model) as run: run(self.ids)
-        self.layers = dense_layers(run.cache)
-        self.singular, self.known = cache_spectra(SimpleNamespace(layers=self.layers), self.config), {}
-        self.kind, self.layer, self.head, self.bits, self.rank = kind, layer, head, float(bits), rank or self.layers[0].keys.shape[-1]
+        layers = dense_layers(run.cache)
+        self.layers, self.known = {i: o for i, o in enumerate(layers) if o.keys.shape[2] == len(self.ids)}, {}
+        if layer is not None and layer not in self.layers or not self.layers: raise ValueError(f"layer {layer} holds a sliding window only, or does not exist; layers that hold all {len(self.ids)} tokens: {list(self.layers) or 'none'}")
+        self.singular = cache_spectra(SimpleNamespace(layers=layers), self.config)
+        self.kind, self.layer, self.head, self.bits = kind, min(self.layers) if layer is None else layer, head, float(bits)
+        self.rank = rank or self.layers[self.layer].keys.shape[-1]
 
     def remembered(self, name, f):
         "What `f` returns, computed once for each name."
         if name not in self.known: self.known[name] = f()
         return self.known[name]
 
-# %% ../nbs/08_widgets.ipynb #41769bda
+# %% ../nbs/08_widgets.ipynb #2b5460f4
 @patch
 @torch.no_grad()
 def states(self:SpectrumExplorer,
@@ -198,32 +201,27 @@ def states(self:SpectrumExplorer,
     layer:int,
 ) -> Tensor: # `[1, kv_heads, n, D]` float32
     "States of one layer."
-    o, n = self.layers[layer], self.tokens(layer)
-    if kind == "values": return o.values[:1, :, -n:].float()
-    keys, end = o.keys[:1, :, -n:].float(), getattr(o, "cumulative_length", None) or o.keys.shape[2]
-    return keys if kind == "keys_post_rope" else unapply_rope(keys, torch.arange(end - n, end, device=keys.device), rope_table(self.config, layer))
+    o = self.layers[layer]
+    if kind == "values": return o.values[:1].float()
+    keys = o.keys[:1].float()
+    return keys if kind == "keys_post_rope" else unapply_rope(keys, torch.arange(keys.shape[2], device=keys.device), rope_table(self.config, layer))
 
 @patch
-def tokens(self:SpectrumExplorer, layer:int) -> int:
-    "Tokens of a layer that are coded: whole pages of what it holds, which under a sliding window is less."
-    return self.layers[layer].keys.shape[2] // PAGE * PAGE
-
-@patch
-def bases(self:SpectrumExplorer, kind:str) -> list[Spectrum]: # One a layer
+def bases(self:SpectrumExplorer, kind:str) -> dict[int, Spectrum]: # By layer
     "Principal components of a kind of states, about their mean."
     def fit(x): return spectrum(*moments(x, torch.ones_like(x[..., :1])), torch.eye(x.shape[-1], device=x.device).expand(*x.shape[:2], -1, -1), ridge=0.)
-    return self.remembered(kind, lambda: [fit(self.states(kind, i)) for i in range(len(self.layers))])
+    return self.remembered(kind, lambda: {i: fit(self.states(kind, i)) for i in self.layers})
 
 @patch
-def layouts(self:SpectrumExplorer, bits:float) -> list[Layout]: # One a layer
+def layouts(self:SpectrumExplorer, bits:float) -> dict[int, Layout]: # By layer
     "Where the bits of a budget go, within the rank."
     def share():
         pools = []
-        for i, s in enumerate(self.bases(self.kind)):
+        for i, s in self.bases(self.kind).items():
             v = s.variance.mean((0, 1))
-            pools.append(Pool(torch.where(torch.arange(len(v), device=v.device) < self.rank, v, 0.), 1 / v.sum().item(), s.variance.shape[1], self.tokens(i), i))
+            pools.append(Pool(torch.where(torch.arange(len(v), device=v.device) < self.rank, v, 0.), 1 / v.sum().item(), s.variance.shape[1], len(self.ids), i))
         budget = bits * sum(p.rows * p.tokens * len(p.variance) for p in pools)
-        return [Layout(o.bits[:self.rank // GROUP]) for o in allocate(pools, budget)]
+        return {p.layer: Layout(o.bits[:self.rank // GROUP]) for p, o in zip(pools, allocate(pools, budget))}
     return self.remembered((self.kind, self.rank, bits), share)
 
 @patch
@@ -239,11 +237,11 @@ def code(self:SpectrumExplorer, bits:float) -> tuple[float, int]: # Relative err
     errors, nbytes = self.remembered((self.kind, self.rank, bits, self.layer), fit)
     return errors[self.head], nbytes
 
-# %% ../nbs/08_widgets.ipynb #25623898
+# %% ../nbs/08_widgets.ipynb #9eee9970
 @patch
 def summary(self:SpectrumExplorer):
     (error, nbytes), layout = self.code(self.bits), self.layouts(self.bits)[self.layer]
-    s, n = self.singular[self.kind][self.layer][self.head] ** 2, self.tokens(self.layer)
+    s, n = self.singular[self.kind][self.layer][self.head] ** 2, len(self.ids)
     D, cut = len(s), 1 - (s[:self.rank].sum() / s.sum()).item()
     return (f"<div role='status'>{KINDS[self.kind]} of layer {self.layer}, head {self.head}, {n} tokens: <b>relative error {100 * error:.1f} %</b>, of which the rank alone costs {100 * max(cut, 0) ** .5:.1f} %; "
             f"<b>{nbytes:,} bytes</b> instead of {2 * n * D:,}, {2 * n * D / max(nbytes, 1):.1f} times smaller; bits of the groups of {GROUP} components: {', '.join(map(str, layout.bits)) or 'none'}</div>")
@@ -264,20 +262,21 @@ def figure(self:SpectrumExplorer):
     e, n = self.code(self.bits)
     fig.add_scatter(x=[n / 1024], y=[100 * e], mode="markers+text", text=[f"{self.bits:g} bits"], textposition="top right", marker=dict(size=13, symbol="diamond", color=OKABE_ITO[1]), showlegend=False, row=1, col=2)
     layouts, groups = self.layouts(self.bits), self.layers[self.layer].keys.shape[-1] // GROUP
-    fig.add_heatmap(z=[[*o.bits, *[0] * (groups - len(o.bits))] for o in layouts], x=[f"{1 + GROUP * g}-{GROUP * (g + 1)}" for g in range(groups)], y=[f"layer {i}" for i in range(len(layouts))], row=2, col=1,
+    fig.add_heatmap(z=[[*o.bits, *[0] * (groups - len(o.bits))] for o in layouts.values()], x=[f"{1 + GROUP * g}-{GROUP * (g + 1)}" for g in range(groups)], y=[f"layer {i}" for i in layouts], row=2, col=1,
                     zmin=0, zmax=8, colorscale="Cividis", texttemplate="%{z}" if len(layouts) <= 16 else None, xgap=2, ygap=2, colorbar=dict(title="bits", len=.42, y=.19))
-    fig.add_shape(type="rect", x0=-.5, x1=groups - .5, y0=self.layer - .5, y1=self.layer + .5, line=dict(color=OKABE_ITO[1], width=3), row=2, col=1)
+    row = list(layouts).index(self.layer)
+    fig.add_shape(type="rect", x0=-.5, x1=groups - .5, y0=row - .5, y1=row + .5, line=dict(color=OKABE_ITO[1], width=3), row=2, col=1)
     fig.update_yaxes(type="log", title="singular value / largest", dtick=1, exponentformat="power", row=1, col=1).update_xaxes(title="component", row=1, col=1)
     fig.update_yaxes(title="relative error (%)", rangemode="tozero", row=1, col=2).update_xaxes(title="bytes of this head (KiB)", rangemode="tozero", row=1, col=2)
     fig.update_yaxes(autorange="reversed", row=2, col=1).update_xaxes(title="components", type="category", row=2, col=1)
     return fig.update_layout({**LAYOUT, "height": 640}, legend=dict(orientation="h", y=1.12, x=0))
 
-# %% ../nbs/08_widgets.ipynb #8dc6b26c
+# %% ../nbs/08_widgets.ipynb #74547817
 @patch
 def make_controls(self:SpectrumExplorer, w):
     wide, o = dict(width="22em"), self.layers[self.layer]
     return dict(kind=w.Dropdown(options=[(v, k) for k, v in KINDS.items()], value=self.kind, description="states"),
-        layer=w.IntSlider(value=self.layer, min=0, max=len(self.layers) - 1, description="layer", layout=wide),
+        layer=w.SelectionSlider(value=self.layer, options=list(self.layers), description="layer", layout=wide),
         head=w.IntSlider(value=self.head, min=0, max=o.keys.shape[1] - 1, description="head", layout=wide),
         rank=w.IntSlider(value=self.rank, min=GROUP, max=o.keys.shape[-1], step=GROUP, description="rank", continuous_update=False, layout=wide),
         bits=w.FloatSlider(value=self.bits, min=.25, max=8, step=.25, description="bits (mean)", continuous_update=False, layout=wide))
@@ -683,7 +682,7 @@ def run(self:LiveGeneration):
     if self.failure is not None: raise self.failure
     return self
 
-# %% ../nbs/08_widgets.ipynb #c3904b67
+# %% ../nbs/08_widgets.ipynb #d9e65761
 TIER_COLOURS = dict(cold=OKABE_ITO[0], hot=OKABE_ITO[4], landmarks=OKABE_ITO[2], sliding=OKABE_ITO[5], other=OKABE_ITO[3], rope=OKABE_ITO[7])
 
 @patch
@@ -691,7 +690,7 @@ def summary(self:LiveGeneration):
     steps, parts = list(self.steps), [f"<b>{self.state}</b>"]
     if steps:
         last = steps[-1]
-        parts += [f"{len(steps)} tokens", f"cache {last.nbytes / 2**20:.2f} MiB instead of {last.dense_nbytes / 2**20:.2f} MiB, {last.ratio:.2f} times smaller ({self.asked:g} asked)", f"first token after {steps[0].seconds:.1f} s"]
+        parts += [f"{len(steps)} tokens", f"cache {last.nbytes / 2**20:.2f} MiB instead of {last.dense_nbytes / 2**20:.2f} MiB, {last.ratio:.2f} times smaller ({self.asked:g} asked{'' if steps[0].ratio > .97 * self.asked else '; the prompt is too short for it'})", f"first token after {steps[0].seconds:.1f} s"]
         if self.tokens_per_s: parts.append(f"{self.tokens_per_s:.1f} tokens/s")
         if last.kl is not None: parts.append(f"{sum(s.kl for s in steps) / len(steps):.4f} nats a token from the dense model")
     if self.asked != self.ratio: parts.append(f"ratio {self.ratio:g} from the next start on")

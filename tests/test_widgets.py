@@ -4,11 +4,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("ipywidgets", reason="ipywidgets is not installed: pip install '.[notebook]'")
+from tiny import tiny_model
 from transformers import GenerationConfig
 
 from spectral_nb import widgets
@@ -118,6 +120,7 @@ def test_another_prompt(live):
     live.controls["prompt"].value = "Once upon a time"
     live.controls["max_new_tokens"].value = 3
     live.run()
+    assert "(4 asked; the prompt is too short for it)" in live.message.value
     assert len(live.steps) == 3 and live.steps[-1].dense_nbytes == 6 * 2 * 2 * 128 * 2 * (live.tokenizer("Once upon a time", return_tensors="pt").input_ids.shape[1] + 2)
 
 
@@ -255,6 +258,18 @@ def test_a_log_from_a_file(divergence, tmp_path):
     divergence.log.to_json(tmp_path / "log.json")
     again = DivergenceExplorer(type(divergence.log).from_json(tmp_path / "log.json"))
     assert again.spans("dense").replace("outline:2px solid #0072B2;", "") == divergence.spans("dense").replace("outline:2px solid #0072B2;", "")
+
+
+def test_sliding_windows():
+    "Layers that hold a window only are left out, and asking for one says so."
+    model, tok = tiny_model("gemma2"), SimpleNamespace(decode=lambda ids, **kw: f" {ids}", eos_token_id=None, pad_token_id=0)
+    ids = torch.randint(5, model.config.vocab_size, (1, 640), generator=torch.Generator().manual_seed(0))
+    spectra = SpectrumExplorer(model, tok, ids)
+    attention = AttentionExplorer(model, tok, ids, codec="spectral:3x", new_tokens=2)
+    assert list(spectra.layers) == sorted(attention.calls) == [i for i, k in enumerate(model.config.layer_types) if k == "full_attention"]
+    assert spectra.figure().data and attention.figure().data and LiveGeneration(model, tok, ids, ratio=3, max_new_tokens=2, kl=True).run().steps[1].tiers["sliding"]
+    with pytest.raises(ValueError, match="layer 0 holds a sliding window only"): SpectrumExplorer(model, tok, ids, layer=0)
+    with pytest.raises(ValueError, match="compresses no layer"): AttentionExplorer(model, tok, ids, codec="dense", new_tokens=1)
 
 
 def test_bad_input(pocket, prompt, divergence):
