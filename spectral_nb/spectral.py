@@ -298,7 +298,7 @@ class Sensitivity:
     share:Tensor # Of the attention that coded tokens receive `[B, H, n, 1]`, sum 1
     queries:Tensor # Second moment of queries at anchors `[B, H, D, D]`
 
-# %% ../nbs/02b_spectral.ipynb #f5a4ff92
+# %% ../nbs/02b_spectral.ipynb #0c5cae09
 @torch.no_grad()
 def sensitivity(
     sample:Sample,
@@ -307,10 +307,11 @@ def sensitivity(
     weight:Tensor, # 0 for tokens that are not coded `[B, 1, n, 1]`
     start:int, # Slot of the first key
     table:RopeTable,
+    dtype:torch.dtype|None=None, # Of large products; default: that of the keys, float32 on a CPU
 ) -> Sensitivity: # For the first `n` tokens
     "Metrics of keys and values, from the attention of sampled queries."
     B, H, T, D = key_states.shape
-    n, q, dtype = weight.shape[2], sample.queries.shape[2], key_states.dtype if key_states.is_cuda else torch.float32
+    n, q, dtype = weight.shape[2], sample.queries.shape[2], dtype or (key_states.dtype if key_states.is_cuda else torch.float32)
     k, v = key_states.to(dtype), value_states.to(dtype)
     s = (sample.queries.reshape(B, H, -1, D) * sample.scaling).to(dtype) @ k.mT
     if sample.softcap is not None: s = sample.softcap * torch.tanh(s / sample.softcap)
@@ -327,8 +328,10 @@ def sensitivity(
     a, v = some(a, 4) * some(weight, 2)[:, :, None].mT, some(v, 2)
     G = sample.gram.float().view(1, H, -1, *sample.gram.shape[1:])
     size = G.diagonal(dim1=-2, dim2=-1).mean().clamp_min(1e-30)
-    near = v.float().mean(2, keepdim=True) # distances lose nothing in half precision once the mean is gone
+    near = v.float().mean(2, keepdim=True) # without the mean, and no number above one: distances in half precision
     vc, oc, Gn = v[:, :, None] - near[:, :, None].to(dtype), out - near[:, :, None], G / size
+    most = vc.abs().amax().clamp_min(1e-4)
+    vc, oc, size = vc / most, oc / most, size * most.float().square()
     oG = oc @ Gn
     moved = (oG.to(dtype) @ vc.mT).float().mul_(-2)
     moved += ((vc @ Gn.to(dtype)) * vc).sum(-1, dtype=torch.float32)[..., None, :]

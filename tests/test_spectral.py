@@ -232,3 +232,17 @@ def test_english_then_code(pocket, drift, again):
         model(ids[:, :1500], past_key_values=cache, logits_to_keep=1)
         for i in range(0, 1280, 128): model(code[:, i:i + 128], past_key_values=cache, logits_to_keep=1)
     assert any(len(o.cold.segments) > 1 or not o.cold.ready for o in cache.layers) == again
+
+
+@pytest.mark.parametrize("dtype,eps", [(torch.float16, .01), (torch.bfloat16, .05)])
+def test_metrics_in_half_precision(dtype, eps):
+    "As on a GPU: values of a thousand and one wild token overflow nothing."
+    from spectral_nb.spectral import sensitivity
+    gen = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 1, 2, 700, 64, generator=gen)
+    values *= 60
+    values[:, :, 5] *= 20
+    sample = Sample(torch.randn(1, 4, 64, 64, generator=gen), torch.arange(636, 700), 5 * torch.eye(64).expand(4, 64, 64), 64 ** -.5)
+    table = RopeTable(1e4 ** (-torch.arange(0, 64, 2) / 64), 64)
+    want, got = (vars(sensitivity(sample, keys, values, torch.ones(1, 1, 640, 1), 0, table, d)) for d in (torch.float32, dtype))
+    for n in want: assert (got[n] - want[n]).norm() < eps * want[n].norm(), n
