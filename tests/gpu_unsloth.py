@@ -85,7 +85,11 @@ def generate(model, ids, new, mask=None, pad=3, **kw):
 def parity(args):
     "Lossless setting: stock and patched, both plans, one row and a left-padded batch, real kernels."
     rows = Rows(args)
-    for dtype in ("float16", "bfloat16") if CUDA else ("float32",):
+    dtypes = args.dtypes if CUDA else ["float32"]
+    for dtype in dtypes:
+        try: pocket(rows, dtype, args)
+        except Exception as e: rows.add(what="pocket", dtype=dtype, error=repr(e)[:300])
+    for dtype in dtypes:
         for name in "llama mistral mistral_window qwen2 qwen3 gemma gemma2".split()[:2 if args.small else None]:
             with tempfile.TemporaryDirectory() as d:
                 save(tiny_model.__wrapped__(name), d, CONFIGS[name].vocab_size)
@@ -107,8 +111,6 @@ def parity(args):
                 rows.add(what="unpatched again", family=name, dtype=dtype, batch=batch, bit_for_bit=torch.equal(torch.stack(again.logits), torch.stack(stock.logits)))
             del model, stock, ours, again
             clean()
-        try: pocket(rows, dtype, args)
-        except Exception as e: rows.add(what="pocket", dtype=dtype, error=repr(e)[:300])
     return rows
 
 
@@ -239,6 +241,7 @@ if __name__ == "__main__":
     p.add_argument("--model")
     p.add_argument("--small", action="store_true")
     p.add_argument("--four-bit", action="store_true")
+    p.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"])
     p.add_argument("--layers", type=int, default=32)
     p.add_argument("--ratio", type=float, default=8)
     p.add_argument("--new", type=int, default=80)

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module")
 def parity(tmp_path_factory):
-    args = types.SimpleNamespace(json=tmp_path_factory.mktemp("parity") / "parity.json", small=False)
+    args = types.SimpleNamespace(json=tmp_path_factory.mktemp("parity") / "parity.json", small=False, dtypes=["float16", "bfloat16"])
     return G.parity(args)
 
 
