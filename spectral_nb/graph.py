@@ -12,7 +12,7 @@ from torch import Tensor
 from . import kernels
 from .cache import SpectralCache, SpectralLayer
 
-# %% ../nbs/05b_graph.ipynb #a5721099
+# %% ../nbs/05b_graph.ipynb #fa6d5aac
 class DecodeGraph:
     "Decode steps of a model whose attention implementation is `spectral`, captured between the ends of pages."
     def __init__(self,
@@ -23,7 +23,7 @@ class DecodeGraph:
         if not all(isinstance(o, SpectralLayer) for o in layers): raise ValueError("DecodeGraph needs a cache in which every layer is compressed; models with sliding-window layers decode with model.generate")
         if any(not o.cold.ready or o.config.coding != "spectral" for o in layers): raise ValueError("DecodeGraph needs a prompt that has been coded under coding='spectral' (SpectralConfig.fit_length tokens and more)")
         if any(o.padding is not None and o.padding.any() for o in layers): raise ValueError("DecodeGraph needs prompts without padding; batches of different lengths decode with model.generate")
-        if next(model.parameters()).device.type != "cuda": raise ValueError("DecodeGraph needs a model on a CUDA device")
+        if next(model.parameters()).device.type != "cuda" and not kernels.interpreted(): raise ValueError("DecodeGraph needs a model on a CUDA device")
         self.model, self.cache, self.graph, self.captures = model, cache, None, 0
 
     @property

@@ -70,3 +70,15 @@ def test_a_mask_that_is_too_short_is_refused(monkeypatch):
     layer, q, k, v, *_ = case(T=500)
     monkeypatch.setattr(kernels, "unsupported", lambda *_: None)
     with pytest.raises(ValueError, match="attention_mask covers 3 keys"): kernels.attend(layer, q, k, v, torch.ones(1, 1, 1, 3, dtype=torch.bool))
+
+
+@needs_triton
+def test_a_graph_decodes_like_single_steps():
+    "Across the end of a page, with replays that see only what Python saw at the capture."
+    assert "same logits and hot tiers" in run("graph_interpreted.py", TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+def test_a_graph_on_a_gpu(tmp_path):
+    if not torch.cuda.is_available(): pytest.skip("needs a CUDA device; not run yet in this form")
+    run("graph_gpu.py", tmp_path / "graph.json")
