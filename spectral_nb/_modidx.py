@@ -953,7 +953,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.SpectrumExplorer.summary': ( 'widgets.html#spectrumexplorer.summary',
                                                                                        'spectral_nb/widgets.py'),
-                                     'spectral_nb.widgets.dense_layers': ('widgets.html#dense_layers', 'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.display_data': ('widgets.html#display_data', 'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.error_html': ('widgets.html#error_html', 'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.fast_calls': ('widgets.html#fast_calls', 'spectral_nb/widgets.py'),

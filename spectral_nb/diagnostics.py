@@ -59,7 +59,7 @@ class CachedRun:
             self.cache = self.codec(self.model) if callable(self.codec) else new_cache(self.codec, self.model)
             self.context = attention_implementation(self.model)
         else:
-            config = parse_spec(self.codec) if isinstance(self.codec, str) else self.codec
+            config = parse_spec(self.codec, exact_dtype="bfloat16" if self.model.dtype == torch.bfloat16 else "float16") if isinstance(self.codec, str) else self.codec
             self.context = nullcontext() if config is None else spectral(self.model, spectral_config=config)
         self.context.__enter__()
         return self

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['DOCUMENT', 'KINDS', 'BUSY', 'TIER_COLOURS', 'ipywidgets_module', 'in_kernel', 'in_colab', 'display_data',
-           'error_html', 'Explorer', 'dense_layers', 'SpectrumExplorer', 'find_tokens', 'fast_calls',
-           'AttentionExplorer', 'kl_colour', 'visible', 'DivergenceExplorer', 'LiveStep', 'DenseTwin', 'EachToken',
-           'stream', 'LiveGeneration']
+           'error_html', 'Explorer', 'SpectrumExplorer', 'find_tokens', 'fast_calls', 'AttentionExplorer', 'kl_colour',
+           'visible', 'DivergenceExplorer', 'LiveStep', 'DenseTwin', 'EachToken', 'stream', 'LiveGeneration']
 
-# %% ../nbs/08_widgets.ipynb #ade1b481
+# %% ../nbs/08_widgets.ipynb #efed79f4
 import html
 import json
 import re
@@ -21,7 +20,6 @@ from math import isfinite, log10
 from pathlib import Path
 from threading import Event, Thread
 from time import perf_counter
-from types import SimpleNamespace
 from weakref import WeakSet
 
 import numpy as np
@@ -33,7 +31,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .cache import SpectralLayer
-from .diagnostics import LAYOUT, OKABE_ITO, AttentionCall, AttentionMaps, CachedRun, DivergenceLog, attention_probs, cache_spectra, read_steps, token_ids
+from .diagnostics import LAYOUT, OKABE_ITO, AttentionCall, AttentionMaps, CachedRun, DivergenceLog, attention_probs, cache_layers, cache_spectra, read_steps, token_ids
 from .evaluate import kl_divergence
 from .integration import base_model, some_queries, spectral
 from .rope import rope_table, unapply_rope
@@ -154,13 +152,7 @@ def _repr_mimebundle_(self:Explorer, include=None, exclude=None):
     shown = {"application/vnd.jupyter.widget-view+json": dict(version_major=2, version_minor=0, model_id=self.widget().model_id)} if in_kernel() else display_data(self.figure())[0]["data"]
     return {"text/plain": repr(self), **shown}
 
-# %% ../nbs/08_widgets.ipynb #18a39fbb
-def dense_layers(
-    cache, # Of a dense run
-) -> list: # One a layer, with `keys` (**post-RoPE**) and `values` `[B, kv_heads, n, D]`
-    "A dense cache's layers, on every route: Unsloth's fast path keeps pairs of tensors."
-    return cache.layers if hasattr(cache, "layers") else [SimpleNamespace(keys=k, values=v) for k, v in cache]
-
+# %% ../nbs/08_widgets.ipynb #53cbddce
 KINDS = dict(keys_pre_rope="keys before RoPE", keys_post_rope="keys after RoPE", values="values")
 
 class SpectrumExplorer(Explorer):
@@ -181,10 +173,10 @@ class SpectrumExplorer(Explorer):
         if len(ids) < PAGE: raise ValueError(f"the prompt has {len(ids)} tokens; states are coded in pages of {PAGE}, so it takes at least one page")
         self.ids = ids[:len(ids) // PAGE * PAGE]
         with CachedRun(model) as run: run(self.ids)
-        layers = dense_layers(run.cache)
+        layers = cache_layers(run.cache)
         self.layers, self.known = {i: o for i, o in enumerate(layers) if o.keys.shape[2] == len(self.ids)}, {}
         if layer is not None and layer not in self.layers or not self.layers: raise ValueError(f"layer {layer} holds a sliding window only, or does not exist; layers that hold all {len(self.ids)} tokens: {list(self.layers) or 'none'}")
-        self.singular = cache_spectra(SimpleNamespace(layers=layers), self.config)
+        self.singular = cache_spectra(run.cache, self.config)
         self.kind, self.layer, self.head, self.bits = kind, min(self.layers) if layer is None else layer, head, float(bits)
         self.rank = rank or self.layers[self.layer].keys.shape[-1]
 
@@ -294,7 +286,7 @@ def find_tokens(
     if start < 0 or not want: raise ValueError(f"{text!r} is not in the prompt")
     return bisect_right(ends, start), bisect_left(ends, start + len(want)) + 1
 
-# %% ../nbs/08_widgets.ipynb #353f3bc7
+# %% ../nbs/08_widgets.ipynb #d37dfd8f
 def fast_calls(
     model, # On Unsloth's fast path
     ids:list[int],
@@ -311,7 +303,7 @@ def fast_calls(
         with torch.no_grad(), CachedRun(model) as run: run(ids)
     finally:
         for h in hooks: h.remove()
-    return dense_layers(run.cache), calls
+    return cache_layers(run.cache), calls
 
 # %% ../nbs/08_widgets.ipynb #e3fe870e
 class AttentionExplorer(Explorer):
