@@ -36,7 +36,7 @@ torch.manual_seed(0)
 model = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, vocab_size=100)).eval()
 model.set_attn_implementation("spectral")
 with torch.no_grad():
-    a = SpectralCache(model.config, SpectralConfig(coding="spectral", bits=3., fit_length=256))
+    a = SpectralCache(model.config, SpectralConfig(coding="spectral", bits=3., fit_length=256, hot_buffer_size=64))
     model(torch.randint(0, 100, (2, 564)), past_key_values=a)
     assert len(a.layers[0].hot) == 180 and len(a.layers[0].cold) == 384
     b = copy.deepcopy(a)
