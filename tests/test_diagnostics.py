@@ -236,8 +236,8 @@ def test_cache_compatibility(pocket, book):
     report = cache_compatibility(*pocket, book[:530], CODEC, 3)
     assert report.verdict and len(report.rows) == 10 and max(r["kl"] or 0 for r in report.rows) < .01
     for name in ("rope_mix", "distance"):
-        with fault(name): report = cache_compatibility(*pocket, book[:530], CODEC, 3)
-        assert report.verdict.status == "fault" and "goes elsewhere" in report.verdict.why or "nats" in report.verdict.why
+        with fault(name): report = cache_compatibility(*pocket, book[:530], CODEC, 2, implementations=("sdpa",))
+        assert report.verdict.status == "fault" and "goes elsewhere" in report.verdict.why
     assert cache_compatibility(*pocket, book[:80], CODEC, 3).verdict.status == "inconclusive"
     report = cache_compatibility(*pocket, book[:80], CODEC, 3, implementations=("sdpa", "no such attention"))
     assert report.verdict.status == "inconclusive" and any(r["error"] for r in report.rows)
@@ -247,7 +247,7 @@ def test_degeneration(pocket, book, untrained):
     report = degeneration_report(*pocket, book, CODEC, (700,), 16)
     assert report.verdict and report.rows[0]["coded"] == 512 and len(errors_figure(report.errors[700]).data) == 1
     for name in ("negative_index", "one_d_positions", "first_block_only"):
-        with fault(name): report = degeneration_report(*pocket, book, FAULTS[name].codec, (1100 if name == "first_block_only" else 900,), 1)
+        with fault(name): report = degeneration_report(*pocket, book, FAULTS[name].codec, (1100,), 1)
         assert report.verdict.status == "fault", name
     assert degeneration_report(*pocket, book, CODEC, (300,), 4).verdict.status == "inconclusive"
     loop = degeneration_report(untrained, pocket[1], book, RANK, (600,), 30)
