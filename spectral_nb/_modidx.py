@@ -512,6 +512,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spectral_nb.kernels.layout_tables': ('kernels.html#layout_tables', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels.marked_pages': ('kernels.html#marked_pages', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels.merge': ('kernels.html#merge', 'spectral_nb/kernels.py'),
+                                     'spectral_nb.kernels.places': ('kernels.html#places', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels.plan_launches': ('kernels.html#plan_launches', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels.prepare': ('kernels.html#prepare', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels.rotary_pairs': ('kernels.html#rotary_pairs', 'spectral_nb/kernels.py'),

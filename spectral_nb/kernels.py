@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['scratch', 'T4', 'counters', 'Steps', 'steps_of', 'thread_order', 'prepare', 'decode', 'decode_gemv', 'merge',
            'LayoutTables', 'layout_tables', 'rotary_pairs', 'anchor_table', 'Scratch', 'Tuning', 'interpreted',
-           'tuning_for', 'marked_pages', 'unsupported', 'Launch', 'run_launches', 'aligned', 'plan_launches',
+           'tuning_for', 'marked_pages', 'unsupported', 'places', 'Launch', 'run_launches', 'aligned', 'plan_launches',
            'decode_attention', 'write_hot', 'attend', 'TritonSpectralConfig']
 
-# %% ../nbs/05_kernels.ipynb #8279768a
+# %% ../nbs/05_kernels.ipynb #dbeaf328
 import logging
+import threading
 import warnings
 import weakref
 from contextlib import nullcontext
@@ -663,16 +664,32 @@ def unsupported(
     if not all(s.keys.layout.rank and s.values.layout.rank for s in layer.cold.segments): return "no component is kept"
     return None
 
+# %% ../nbs/05_kernels.ipynb #9d1a7262
+_plans, _lock = weakref.WeakKeyDictionary(), threading.Lock()
+
+# %% ../nbs/05_kernels.ipynb #3cc646cf
+def places(
+    layer:SpectralLayer,
+) -> tuple: # Addresses and lengths
+    "Where all that the kernels read of a layer lies: as long as this is the same, so are the launches."
+    tensors = [layer.hot.keys, layer.hot.values, layer.hot.keys_scale, layer.hot.values_scale, layer.landmark_keys, layer.landmark_values, layer.landmark_slots]
+    for s in layer.cold.segments:
+        for c in (s.keys, s.values): tensors += c.codes, c.basis, c.scale, c.offset
+        tensors += () if s.loss is None else (s.loss.directions, s.loss.rest)
+        tensors += () if s.key_norm is None else (s.key_norm,)
+    table = anchor_table(layer.table, len(layer.cold) // PAGE, layer.hot.keys.device)[0]
+    return tuple((t.data_ptr(), t.shape) for t in (*tensors, table))
+
 # %% ../nbs/05_kernels.ipynb #8a812ab8
 counters = weakref.WeakKeyDictionary() # int32 `[1]` by `HotTier`, for those whose steps are in a graph
 
-# %% ../nbs/05_kernels.ipynb #2b49668a
+# %% ../nbs/05_kernels.ipynb #09d9610d
 @dataclass
 class Launch:
     "A kernel and all it is called with."
     fn:object
     grid:tuple[int, int]
-    args:list # Tensors and numbers
+    args:list|None # Tensors and numbers, until the first call
     constants:dict # By name
     options:dict # num_warps, num_stages
     own:tuple # `(place among args, name)` of what each step brings
@@ -691,7 +708,7 @@ class Launch:
             self.kernel = self.fn[self.grid](*args, **self.constants, **self.options)
             if self.kernel is not None: # None: the interpreter
                 constants = [self.constants[n] for n in self.fn.arg_names[len(args):]]
-                self.plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in args] + constants
+                self.plain, self.args = [a.data_ptr() if isinstance(a, Tensor) else a for a in args] + constants, None # keeps nothing alive
             return
         args = list(self.plain)
         for i, n in self.own: args[i] = addresses[n]
@@ -777,7 +794,7 @@ def plan_launches(
         first += pages
     return out
 
-# %% ../nbs/05_kernels.ipynb #f5126598
+# %% ../nbs/05_kernels.ipynb #869d0882
 @torch.no_grad()
 def decode_attention(
     layer:SpectralLayer, # Past tokens
@@ -790,19 +807,19 @@ def decode_attention(
     tuning:Tuning|None=None, # Default: by the device
 ) -> Tensor: # `[B, 1, heads, D]`, dtype of the query
     "One query's attention to a layer, by the kernels."
-    dev, hot, last = query_states.device, layer.hot, layer.cold.segments[-1]
+    dev, hot = query_states.device, layer.hot
     tuning = tuning or tuning_for(dev)
     B, heads, _, D = query_states.shape
     length = counters[hot] if hot in counters else _number(len(hot), dev)
     step = dict(query=aligned(query_states), key=aligned(key_states), value=aligned(value_states), out=torch.empty(B, 1, heads, D, dtype=query_states.dtype, device=dev), length=length)
     step["mask"] = step["length"] if mask is None else mask
-    key = (query_states.dtype, key_states.dtype, query_states.shape, scaling, softcap, tuning, mask is not None and (mask.stride(0), mask.data_ptr() % 16), hot.keys.data_ptr(), hot.keys.shape, layer.landmark_keys.data_ptr(),
-           layer.landmark_slots.data_ptr(), len(layer.cold.segments), len(layer.cold), last.keys.codes.data_ptr(), last.keys.basis.data_ptr(), last.values.codes.data_ptr())
-    held = vars(layer).get("_launches")
-    if held is None or held[0] != key or held[1] is not scratch.version:
-        launches = plan_launches(layer, step, D ** -.5 if scaling is None else scaling, softcap, tuning, mask is not None)
-        held = layer._launches = key, scratch.version, launches
-    run_launches(held[2], step, dev)
+    key = query_states.dtype, key_states.dtype, query_states.shape, scaling, softcap, tuning, mask is not None and (mask.stride(0), mask.data_ptr() % 16), places(layer)
+    with _lock: # launches of two threads must not mix: they share the scratch memory
+        held = _plans.get(layer)
+        if held is None or held[0] != key or held[1] is not scratch.version:
+            launches = plan_launches(layer, step, D ** -.5 if scaling is None else scaling, softcap, tuning, mask is not None)
+            held = _plans[layer] = (*key[:-1], places(layer)), scratch.version, launches
+        run_launches(held[2], step, dev)
     return step["out"]
 
 # %% ../nbs/05_kernels.ipynb #b8b01056

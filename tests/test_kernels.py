@@ -73,6 +73,12 @@ def test_a_mask_that_is_too_short_is_refused(monkeypatch):
 
 
 @needs_triton
+def test_kept_launches_follow_their_layer():
+    "Through steps, beam search, copies, cropping, new pages and scratch memory that moves."
+    assert "and back" in run("kernels_plans.py", TRITON_INTERPRET="1")
+
+
+@needs_triton
 def test_a_graph_decodes_like_single_steps():
     "Across the end of a page, with replays that see only what Python saw at the capture."
     assert "same logits and hot tiers" in run("graph_interpreted.py", TRITON_INTERPRET="1")

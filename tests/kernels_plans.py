@@ -1,0 +1,33 @@
+"Run by test_kernels.py with TRITON_INTERPRET=1: launches that a layer keeps follow all that can happen to it."
+import copy
+import torch
+from kernel_cases import case, error
+from spectral_nb import kernels
+
+small = kernels.Tuning(tokens=64, programs=6, pages=16, projections=8)
+layer, q, k, v, *_ = case(B=2, T=420)
+gen = torch.Generator().manual_seed(3)
+
+
+def check(what, layer):
+    e = error(kernels.decode_attention(layer, q, k, v, None, None, None, small), layer, q, k, v, None, None)
+    print(what, f"{e:.1e}", flush=True)
+    assert e < 2e-3, what
+
+
+for i in range(3):
+    check(f"step {i}", layer)
+    layer.append(*(torch.randn(2, 2, 1, 128, generator=gen) for _ in range(2)))
+layer.reorder_cache(torch.tensor([1, 0]))
+check("reordered", layer)
+for idx in ([1, 1], [0, 1]): layer.reorder_cache(torch.tensor(idx))
+check("reordered twice", layer)
+check("copied", copy.deepcopy(layer))
+layer.crop(-3)
+check("cropped", layer)
+for _ in range(130): layer.append(*(torch.randn(2, 2, 1, 128, generator=gen) for _ in range(2)))
+check("a page longer", layer)
+other, *_ = case(B=2, T=900, seed=1)
+check("after a longer layer", layer)
+check("a longer layer", other)
+check("and back", layer)
