@@ -64,7 +64,7 @@ class Ledger(list):
         rows = "\n".join(f"| {t} | {n:,} | {100 * n / max(self.nbytes, 1):.1f} % |" for t, n in self.total().items())
         return f"| tier | bytes | share |\n|---|---:|---:|\n{rows}\n| **all** | **{self.nbytes:,}** | |"
 
-# %% ../nbs/03_cache.ipynb #4bfd83e6
+# %% ../nbs/03_cache.ipynb #71d9e47e
 class HotTier:
     "Recent tokens: keys **post-RoPE** and values, as they are or as int8 with a scale for each token and head."
     write = None # Rounds one token into its place in fewer launches where a kernel is at hand: `(tier, keys, values, at) -> bool`
@@ -94,7 +94,8 @@ class HotTier:
     ):
         "Add tokens at the end."
         at, n = self.n, keys.shape[2]
-        if at + n > self.keys.shape[2]: self.reserve(at + (room if n == 1 and at else n))
+        made_elsewhere = self.keys.is_inference() and not torch.is_inference_mode_enabled() # such tensors cannot be written to
+        if at + n > self.keys.shape[2] or made_elsewhere: self.reserve(at + (room if n == 1 and at else n))
         self.n += n
         if n == 1 and self.write is not None and self.write(keys, values, at): return
         new = HotTier(keys, values)
@@ -293,7 +294,7 @@ def is_landmark(self:SpectralLayer,
     at = torch.where((at >= 0) & (at < stop - start), at, stop - start)
     return torch.zeros(len(at), stop - start + 1, dtype=torch.bool, device=self.device).scatter(1, at, True)[:, :-1]
 
-# %% ../nbs/03_cache.ipynb #d13fe3db
+# %% ../nbs/03_cache.ipynb #adc17b27
 @patch
 def freeze(self:SpectralLayer,
     n:int, # Oldest hot tokens to code, a multiple of the store's page
@@ -304,9 +305,10 @@ def freeze(self:SpectralLayer,
     keys, values = self.hot.states(0, n)
     inside = (self.landmark_slots >= start) & (self.landmark_slots < start + n)
     at = (self.landmark_slots - start).clamp(0, n - 1)
-    for tier, hot in ((self.landmark_keys, keys), (self.landmark_values, values)):
+    for name, hot in (("landmark_keys", keys), ("landmark_values", values)):
+        tier = getattr(self, name)
         found = hot.gather(2, at[:, None, :, None].expand(-1, *tier.shape[1:])).to(tier.dtype)
-        tier.copy_(torch.where(inside[:, None, :, None], found, tier))
+        setattr(self, name, torch.where(inside[:, None, :, None], found, tier))
     weight = self.token_weight(n) if angles is None else None
     if self.importance is not None:
         received = self.importance[:, :, :n]

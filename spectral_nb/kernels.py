@@ -645,7 +645,7 @@ def marked_pages(
     if held is None or held[0] is not slots: held = layer._marked = slots, int(slots.max()) // PAGE + 1 if slots.numel() else 0
     return held[1]
 
-# %% ../nbs/05_kernels.ipynb #ff9861c2
+# %% ../nbs/05_kernels.ipynb #18b17a33
 def unsupported(
     layer:SpectralLayer,
     query_states:Tensor, # `[B, heads, q_len, D]`
@@ -660,7 +660,7 @@ def unsupported(
     D, H = query_states.shape[3], value_states.shape[1]
     if value_states.shape[3] != D or D % 16 or D > 256: return f"head_dim {D} of keys and {value_states.shape[3]} of values"
     if query_states.shape[1] // H > 16: return f"{query_states.shape[1] // H} query heads for a KV head"
-    if layer.hot.keys_scale is None: return "nothing is coded yet"
+    if layer.hot.keys_scale is None or not layer.cold.segments: return "nothing is coded"
     if not all(s.keys.layout.rank and s.values.layout.rank for s in layer.cold.segments): return "no component is kept"
     return None
 
@@ -846,7 +846,7 @@ def write_hot(
 
 HotTier.write = write_hot
 
-# %% ../nbs/05_kernels.ipynb #0b4be3ae
+# %% ../nbs/05_kernels.ipynb #eaf17e3c
 _failed = set()
 
 @torch.no_grad()
@@ -867,7 +867,7 @@ def attend(
             if attention_mask.shape[-1] < past + 1: raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} keys, the cache and the new token are {past + 1}")
             mask = attention_mask[:, 0, -1, :past + 1]
             if mask.dtype != torch.bool: mask = mask > torch.finfo(torch.float16).min / 2
-            mask = mask.expand(len(query_states), -1).view(torch.uint8)
+            mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).expand(len(query_states), -1).view(torch.uint8)
         try: return decode_attention(layer, query_states, key_states, value_states, mask, scaling, softcap), None
         except (RuntimeError, triton.errors.TritonError) as e:
             if isinstance(e, torch.cuda.OutOfMemoryError): raise

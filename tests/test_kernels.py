@@ -52,6 +52,23 @@ def test_what_kernels_cannot_do_goes_to_pytorch():
     assert torch.equal(kernels.attend(layer, q, k, v, mask)[0], attention.attend(layer, q, k, v, mask)[0])
 
 
+def test_a_layer_cropped_to_its_first_page_goes_to_pytorch(monkeypatch):
+    "Its hot tier is int8 and no page is left: kernels would write nothing."
+    layer, q, k, v, *_ = case(T=500)
+    monkeypatch.setattr(kernels, "interpreted", lambda: kernels.triton is not None)
+    layer.crop(100 - layer.get_seq_length())
+    assert layer.hot.keys_scale is not None and len(layer.cold) == 0
+    assert kernels.unsupported(layer, q, v) in ("nothing is coded", "Triton is not installed")
+
+
+def test_tokens_after_a_prompt_in_inference_mode():
+    "Tensors made there cannot be written to outside: room is made anew."
+    with torch.inference_mode(): layer, q, k, v, *_ = case(T=500)
+    n = layer.get_seq_length()
+    for _ in range(130): layer.append(k, v)
+    assert layer.get_seq_length() == n + 130 and torch.isfinite(layer.get_kv()[0]).all()
+
+
 @needs_triton
 def test_a_failing_kernel_falls_back_once_and_says_so(monkeypatch):
     layer, q, k, v, mask, softcap = case(T=500)
