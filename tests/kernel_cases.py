@@ -25,12 +25,12 @@ CASES = dict( # name: settings of `case`
     interleaved=dict(interleaved=True),
     partial_rotary=dict(rotary=64),
     one_page=dict(T=300),
-    segments=dict(segments=2, T=600),
+    segments=dict(segments=2),
     no_landmarks=dict(landmark_count=0),
 )
 
 
-def case(B=1, H=2, G=4, D=128, T=700, dtype=torch.float32, bits=2., padding=None, softcap=None, interleaved=False, rotary=None, segments=1, seed=0, device="cpu", **kw):
+def case(B=1, H=2, G=4, D=128, T=450, dtype=torch.float32, bits=2., padding=None, softcap=None, interleaved=False, rotary=None, segments=1, seed=0, device="cpu", **kw):
     "A filled layer and one step: `(layer, query, key, value, mask, softcap)`."
     gen = torch.Generator().manual_seed(seed)
     r = rotary or D

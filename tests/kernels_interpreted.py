@@ -7,7 +7,7 @@ from spectral_nb import kernels
 
 warnings.simplefilter("error", UserWarning)
 gemv, names = sys.argv[1] == "gemv", sys.argv[2:] or list(CASES)
-small = kernels.Tuning(**{**vars(kernels.T4 if gemv else kernels.Tuning(tokens=64, pages=16)), "programs": 6, "projections": 8})
+small = kernels.Tuning(**{**vars(kernels.T4 if gemv else kernels.Tuning(pages=16)), "tokens": 64, "programs": 6, "projections": 8})
 for name in names:
     made = case(**CASES[name])
     layer, q, k, v, mask, softcap = made

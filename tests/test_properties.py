@@ -43,7 +43,9 @@ def test_any_split_gives_the_same_state(case):
     config, B, H, T, D, cuts, padding, dtype, _ = case
     table, keys, values = make(case)
     one, many = fill(config, table, keys, values, [], padding), fill(config, table, keys, values, cuts, padding)
-    assert (len(one.cold), one.hot_length, one.nbytes) == (len(many.cold), many.hot_length, many.nbytes)
+    assert (len(one.cold), one.hot_length) == (len(many.cold), many.hot_length)
+    room = many.hot.keys.shape[2] - many.hot_length # for single tokens to come
+    assert 0 <= room < 32 and one.nbytes == many.nbytes - room * sum(t.nbytes // t.shape[2] for t in many.hot.tensors().values() if t.shape[2])
     assert torch.equal(one.landmark_slots, many.landmark_slots)
     for a, b in zip(one.get_kv(), many.get_kv()): torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-2)
 
