@@ -645,7 +645,7 @@ def marked_pages(
     if held is None or held[0] is not slots: held = layer._marked = slots, int(slots.max()) // PAGE + 1 if slots.numel() else 0
     return held[1]
 
-# %% ../nbs/05_kernels.ipynb #18b17a33
+# %% ../nbs/05_kernels.ipynb #c940e55a
 def unsupported(
     layer:SpectralLayer,
     query_states:Tensor, # `[B, heads, q_len, D]`
@@ -659,6 +659,7 @@ def unsupported(
     if layer.importance is not None: return "attention received is asked for"
     D, H = query_states.shape[3], value_states.shape[1]
     if value_states.shape[3] != D or D % 16 or D > 256: return f"head_dim {D} of keys and {value_states.shape[3]} of values"
+    if query_states.is_cuda and tuning_for(query_states.device).gemv and D > 128: return f"head_dim {D} takes more shared memory than this GPU has"
     if query_states.shape[1] // H > 16: return f"{query_states.shape[1] // H} query heads for a KV head"
     if layer.hot.keys_scale is None or not layer.cold.segments: return "nothing is coded"
     if not all(s.keys.layout.rank and s.values.layout.rank for s in layer.cold.segments): return "no component is kept"

