@@ -12,7 +12,7 @@ from torch import Tensor
 from . import kernels
 from .cache import SpectralCache, SpectralLayer
 
-# %% ../nbs/05b_graph.ipynb #fa6d5aac
+# %% ../nbs/05b_graph.ipynb #c7553414
 class DecodeGraph:
     "Decode steps of a model whose attention implementation is `spectral`, captured between the ends of pages."
     def __init__(self,
@@ -52,22 +52,24 @@ class DecodeGraph:
     def capture(self, input_ids:Tensor):
         "Make room for the rest of the page and capture a step; it has not run yet when this returns."
         layers, n = self.cache.layers, self.cache.get_seq_length()
-        hot = len(layers[0].hot)
+        held = [len(o.hot) for o in layers]
         for o in layers: o.hot.reserve(o.config.hot_buffer_size + o.cold.page)
         self.ids, self.positions = input_ids.clone(), torch.full_like(input_ids, n)
-        self.counter = torch.tensor([hot], dtype=torch.int32, device=input_ids.device)
-        if not self.captures: # what a first step allocates and compiles must not be captured; its token is taken back
-            self.forward(self.ids, self.positions)
-            for o in layers: o.hot.n -= 1
-        for o in layers: kernels.counters[o.hot] = self.counter
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
+        self.counter = torch.tensor([held[0]], dtype=torch.int32, device=input_ids.device)
         try:
+            self.forward(self.ids, self.positions) # what a first step allocates and compiles must not be captured; its token is taken back
+            for o in layers: o.hot.n -= 1
+            for o in layers: kernels.counters[o.hot] = self.counter
+            torch.cuda.synchronize()
+            self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
                 self.logits = self.forward(self.ids, self.positions)
                 self.counter += 1
                 self.positions += 1
-        except BaseException: self.release(); raise
+        except BaseException:
+            self.release()
+            for o, length in zip(layers, held): o.hot.n = length
+            raise
         self.captures += 1
 
     def release(self):

@@ -8,7 +8,7 @@ __all__ = ['scratch', 'T4', 'counters', 'Steps', 'steps_of', 'thread_order', 'pr
            'tuning_for', 'marked_pages', 'unsupported', 'places', 'Launch', 'run_launches', 'aligned', 'plan_launches',
            'decode_attention', 'write_hot', 'attend', 'TritonSpectralConfig']
 
-# %% ../nbs/05_kernels.ipynb #dbeaf328
+# %% ../nbs/05_kernels.ipynb #c05d853f
 import logging
 import threading
 import warnings
@@ -31,7 +31,7 @@ from . import attention
 from .cache import HotTier, SpectralLayer
 from .codec import SpectralConfig
 from .rope import RopeTable
-from .spectral import CHUNK, GROUP, KEY_BYTES, PAGE, PLANES, Coded, Layout, SpectralStore
+from .spectral import CHUNK, GROUP, PAGE, Coded, Layout
 
 # %% ../nbs/05_kernels.ipynb #9a611009
 log = logging.getLogger(__name__)
@@ -735,7 +735,7 @@ def aligned(
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
-# %% ../nbs/05_kernels.ipynb #869b8ebc
+# %% ../nbs/05_kernels.ipynb #1f496d86
 def plan_launches(
     layer:SpectralLayer,
     step:dict[str, Tensor], # query, key, value, out, mask, length
@@ -788,7 +788,7 @@ def plan_launches(
         lengths = pages, split, marked_pages(layer), first, L, kc.shape[-1] * (4 if t.gemv else 1) // (4 * PAGE), vs.width, mask_row
         add(decode_gemv if t.gemv else decode, (S, BH), (*codes, *lengths, cap2), dict(
             H=H, G=G, GP=GP, KSUB=ks.subs, VSUB=vs.subs, KOFF=ks.offsets, VOFF=vs.offsets, KSTEPS=ks.count, VSTEPS=vs.count,
-            T=t.tokens, ASM=asm, **flags), num_warps=t.warps, num_stages=t.stages)
+            T=t.tokens if GP < 16 else min(64, t.tokens), ASM=asm, **flags), num_warps=t.warps, num_stages=t.stages)
         add(merge, (BH * G, _ceil(D, t.dims)), (
             mo, lo, ao, me, le, ae, s.values.basis, s.values.scale, vt.comps, vt.factors, s.values.offset, step["out"], S, hots + 1 + i, E, s.values.layout.rank),
             dict(G=G, D=D, DB=t.dims, VC=vs.count * GROUP, VCP=_power(vs.count * GROUP), SP=_power(S), EP=_power(E), SB=min(t.parts, _power(S)), FINAL=i == len(segments) - 1), num_warps=t.merge_warps)
@@ -847,8 +847,8 @@ def write_hot(
 
 HotTier.write = write_hot
 
-# %% ../nbs/05_kernels.ipynb #eaf17e3c
-_failed = set()
+# %% ../nbs/05_kernels.ipynb #2cdea07e
+_broken, _told = set(), set() # Devices on which a kernel failed; reasons that the log has
 
 @torch.no_grad()
 def attend(
@@ -861,7 +861,7 @@ def attend(
     softcap:float|None=None,
 ) -> tuple[Tensor, Tensor|None]: # Output `[B, q_len, heads, Dv]`; attention received by hot and new tokens, only where the layer asks for it
     "Attention of new queries, by the kernels where they can and by PyTorch where they cannot."
-    why = unsupported(layer, query_states, value_states) or ("a kernel failed before" if query_states.device in _failed else None)
+    why = unsupported(layer, query_states, value_states) or ("a kernel failed before" if query_states.device in _broken else None)
     if why is None:
         past, mask = layer.get_seq_length(), None
         if attention_mask is not None and layer.hot not in counters:
@@ -872,10 +872,10 @@ def attend(
         try: return decode_attention(layer, query_states, key_states, value_states, mask, scaling, softcap), None
         except (RuntimeError, triton.errors.TritonError) as e:
             if isinstance(e, torch.cuda.OutOfMemoryError): raise
-            _failed.add(query_states.device)
+            _broken.add(query_states.device)
             warnings.warn(f"a Triton kernel failed on {query_states.device} ({type(e).__name__}: {str(e)[:200]}); attention falls back to PyTorch, with the same results, slower")
-    elif why not in _failed and why != "more than one query":
-        _failed.add(why)
+    elif why not in _told and why != "more than one query":
+        _told.add(why)
         (log.warning if layer.config.kernel == "triton" else log.info)("decode attention by PyTorch, not Triton: %s", why)
     return attention.attend(layer, query_states, key_states, value_states, attention_mask, scaling, softcap)
 

@@ -50,8 +50,18 @@ with torch.no_grad():
         got = graph(one)
         assert torch.allclose(got, want, atol=1e-5), (i, (got - want).abs().max())
     graph.release()
+    held, forward, calls = [len(o.hot) for o in a.layers], graph.forward, []
+    def failing(*args):
+        calls.append(forward(*args))
+        if len(calls) == 2: raise RuntimeError("inside the capture")
+        return calls[-1]
+    graph.forward = failing
+    try: graph.capture(one)
+    except RuntimeError: pass
+    else: raise AssertionError("a capture that fails must raise")
+    assert graph.graph is None and [len(o.hot) for o in a.layers] == held and not any(o.hot in kernels.counters for o in a.layers)
 assert a.get_seq_length() == b.get_seq_length() == 580 and len(a.layers[0].cold) == len(b.layers[0].cold) > 384 and graph.captures >= 2, (graph.captures, a.layers)
 for x, y in zip(a.layers, b.layers):
     for s, t in zip(x.hot.states(), y.hot.states()): assert torch.equal(s, t)
-assert not kernels._failed, kernels._failed
+assert not kernels._broken, kernels._broken
 print("same logits and hot tiers over", i + 1, "steps and", graph.captures, "captures")

@@ -73,7 +73,7 @@ def test_tokens_after_a_prompt_in_inference_mode():
 def test_a_failing_kernel_falls_back_once_and_says_so(monkeypatch):
     layer, q, k, v, mask, softcap = case(T=500)
     monkeypatch.setattr(kernels, "unsupported", lambda *_: None)
-    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(kernels, "_broken", set())
     def broken(*_): raise RuntimeError("no such instruction")
     monkeypatch.setattr(kernels, "decode_attention", broken)
     want = attention.attend(layer, q, k, v, mask)[0]
