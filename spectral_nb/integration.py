@@ -9,7 +9,7 @@ __all__ = ['log', 'FAST_TYPES', 'GENERATE_REFUSED', 'DECODE_ARGS', 'LOOP_ARGS', 
            'received_attention', 'check_unsloth', 'clone_with', 'decode_forward', 'stand_in', 'patch_unsloth_attention',
            'unpatch_unsloth_attention', 'spectral']
 
-# %% ../nbs/06_integration.ipynb #1830fd08
+# %% ../nbs/06_integration.ipynb #38123081
 import copy, functools, importlib.util, inspect, json, logging, types
 from dataclasses import replace
 from collections import deque
@@ -19,7 +19,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from .attention import attend, causal_mask, dense_attention, output_gram, padding_of, sampled_rows, softmax_attention
+from .attention import LISTENERS, attend, causal_mask, dense_attention, output_gram, padding_of, sampled_rows, softmax_attention
 from . import calibrate
 from .cache import CompressedStates, SpectralCache, SpectralLayer
 from .codec import SpectralConfig
@@ -290,7 +290,7 @@ def turn(self:SpectralPatch,
         if self.turn_in_place(q, k, *self.step_rows): return q, k
     return rotate(torch.cat([q, k], 1), *rows).split([q.shape[1], k.shape[1]], 1)
 
-# %% ../nbs/06_integration.ipynb #ba3bdfd9
+# %% ../nbs/06_integration.ipynb #aead5936
 @patch
 def attention(self:SpectralPatch,
     attn, # Attention module
@@ -318,6 +318,7 @@ def attention(self:SpectralPatch,
         window = None if isinstance(layer, SpectralLayer) else layer.sliding_window
         keep = keep_mask(mask, n, kv, window, device)
         out = dense_attention(attn, q, keys, values, None if keep is None else keep[..., -keys.shape[2]:], attn.scaling, softcap)
+    for f in LISTENERS: f(attn, q, out, attn.scaling, softcap)
     return (linear or (lambda m, x: m(x)))(attn.o_proj, out.flatten(2).to(hidden_states.dtype))
 
 # %% ../nbs/06_integration.ipynb #72f7cbd8
@@ -349,7 +350,7 @@ def observe(self:SpectralPatch,
         gram = output_gram(attn, q.shape[1], q.shape[3], q.device) if old is None else old.gram
         layer.observe(Sample(q.clone(), start + at, gram, attn.scaling, getattr(attn, "attn_logit_softcapping", None)))
 
-# %% ../nbs/06_integration.ipynb #cb28ea3d
+# %% ../nbs/06_integration.ipynb #e54da766
 @patch
 def store_prompt(self:SpectralPatch,
     attn, # Attention module
@@ -371,9 +372,19 @@ def store_prompt(self:SpectralPatch,
             q = some_queries(attn, hidden_states, rows, torch.arange(max(0, n - 64), n, device=hidden_states.device))
             received = received_attention(q, key_states, keep_mask(mask, q.shape[2], n, device=q.device), attn.scaling, getattr(attn, "attn_logit_softcapping", None))
         self.observe(attn, layer, hidden_states, rows)
+        if LISTENERS: self.tell_last(attn, layer, hidden_states, key_states, value_states, rows, mask)
     with storing():
         if isinstance(layer, SpectralLayer): layer.append(key_states, value_states, received=received)
         else: layer.update(key_states, value_states)
+
+@patch
+def tell_last(self:SpectralPatch, attn, layer, hidden_states:Tensor, key_states:Tensor, value_states:Tensor, rows, mask):
+    "Tell listeners of the attention of a prompt's last token, computed once more: Unsloth's own does not show it."
+    n, softcap = key_states.shape[2], getattr(attn, "attn_logit_softcapping", None)
+    window = None if isinstance(layer, SpectralLayer) else layer.sliding_window
+    q = some_queries(attn, hidden_states, rows, torch.tensor([n - 1], device=hidden_states.device))
+    out = dense_attention(attn, q, key_states, value_states, keep_mask(mask if len(hidden_states) > 1 else None, 1, n, window, q.device), attn.scaling, softcap)
+    for f in LISTENERS: f(attn, q, out, attn.scaling, softcap)
 
 # %% ../nbs/06_integration.ipynb #54113ec5
 def received_attention(

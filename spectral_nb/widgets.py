@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['DOCUMENT', 'KINDS', 'BUSY', 'TIER_COLOURS', 'ipywidgets_module', 'in_kernel', 'in_colab', 'display_data',
-           'error_html', 'Explorer', 'SpectrumExplorer', 'find_tokens', 'fast_calls', 'AttentionExplorer', 'kl_colour',
-           'visible', 'DivergenceExplorer', 'LiveStep', 'DenseTwin', 'EachToken', 'stream', 'LiveGeneration']
+           'error_html', 'Explorer', 'SpectrumExplorer', 'find_tokens', 'AttentionExplorer', 'kl_colour', 'visible',
+           'DivergenceExplorer', 'LiveStep', 'DenseTwin', 'EachToken', 'stream', 'LiveGeneration']
 
-# %% ../nbs/08_widgets.ipynb #efed79f4
+# %% ../nbs/08_widgets.ipynb #303146e8
 import html
 import json
 import re
@@ -31,9 +31,9 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .cache import SpectralLayer
-from .diagnostics import LAYOUT, OKABE_ITO, AttentionCall, AttentionMaps, CachedRun, DivergenceLog, attention_probs, cache_layers, cache_spectra, read_steps, token_ids
+from .diagnostics import LAYOUT, OKABE_ITO, AttentionMaps, CachedRun, DivergenceLog, attention_probs, cache_layers, cache_spectra, read_dense, read_steps, token_ids
 from .evaluate import kl_divergence
-from .integration import base_model, some_queries, spectral
+from .integration import base_model, spectral
 from .rope import rope_table, unapply_rope
 from .spectral import GROUP, PAGE, Coded, Layout, Pool, Spectrum, allocate, moments, spectrum
 
@@ -286,26 +286,7 @@ def find_tokens(
     if start < 0 or not want: raise ValueError(f"{text!r} is not in the prompt")
     return bisect_right(ends, start), bisect_left(ends, start + len(want)) + 1
 
-# %% ../nbs/08_widgets.ipynb #d37dfd8f
-def fast_calls(
-    model, # On Unsloth's fast path
-    ids:list[int],
-    slots:list[int], # Of the queries
-) -> tuple[list, dict[int, AttentionCall]]: # Layers with `keys` (**post-RoPE**) and `values`, and queries by layer
-    "A dense cache and queries of a text, on Unsloth's fast path."
-    base, calls, at = base_model(model), {}, torch.tensor(slots, device=model.device)
-    def listen(attn, args, kw):
-        hidden, table = kw.get("hidden_states", args[0] if args else None), rope_table(base.config, attn.layer_idx)
-        rows = [torch.cat([o, o], -1)[None, None] * table.scaling for o in table(torch.arange(hidden.shape[1], device=hidden.device))]
-        calls[attn.layer_idx] = AttentionCall(some_queries(attn, hidden, rows, at)[0].float().contiguous(), None, attn.scaling, getattr(attn, "attn_logit_softcapping", None))
-    hooks = [o.self_attn.register_forward_pre_hook(listen, with_kwargs=True) for o in base.model.layers]
-    try:
-        with torch.no_grad(), CachedRun(model) as run: run(ids)
-    finally:
-        for h in hooks: h.remove()
-    return cache_layers(run.cache), calls
-
-# %% ../nbs/08_widgets.ipynb #e3fe870e
+# %% ../nbs/08_widgets.ipynb #3a8fce24
 class AttentionExplorer(Explorer):
     "Attention of each step, dense and compressed, and where they differ."
     title = "Attention"
@@ -323,10 +304,9 @@ class AttentionExplorer(Explorer):
         super().__init__()
         self.ids, self.codec = token_ids(tokenizer, prompt), codec
         self.needle = None if needle is None else find_tokens(tokenizer, self.ids, needle)
-        with CachedRun(model) as run: self.dense = read_steps(run, self.ids, new_tokens)
+        self.dense = read_dense(model, self.ids, new_tokens)
         with CachedRun(model, codec) as run: self.compressed = read_steps(run, self.ids, new_tokens, self.dense.tokens)
-        self.layers, self.calls = getattr(self.dense.cache, "layers", None), {i: replace(c, query=torch.cat([q[i].query for q in self.dense.queries], 1)) for i, c in self.dense.queries[0].items()}
-        if self.layers is None: self.layers, self.calls = fast_calls(model, (self.ids + self.dense.tokens)[:-1], self.slots)
+        self.layers, self.calls = self.dense.cache.layers, {i: replace(c, query=torch.cat([q[i].query for q in self.dense.queries], 1)) for i, c in self.dense.queries[0].items()}
         if not self.calls: raise ValueError(f"attention of {type(model).__name__} does not go through transformers' attention interface and cannot be recorded")
         self.calls = {i: c for i, c in self.calls.items() if isinstance(self.compressed.cache.layers[i], SpectralLayer)} # a sliding window's layer is dense
         if not self.calls: raise ValueError(f"codec {codec!r} compresses no layer of this {type(model).__name__}; pass another, as 'spectral:8x'")

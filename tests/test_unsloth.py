@@ -418,6 +418,19 @@ def test_spectral_coding_is_what_plain_transformers_gives(name):
     assert difference(ours, plain) < .1 * difference(dense, plain)
 
 
+@pytest.mark.parametrize("name", ["mistral_window", "gemma2", "qwen3", "cohere"])
+def test_divergence_is_recorded_on_every_route(name):
+    "Errors of each layer's attention output, layers with a sliding window included; nothing coded, no error."
+    from spectral_nb.diagnostics import log_ground_truth
+    model, ids = loaded(name), prompt(1)["input_ids"]
+    tok = AutoTokenizer.from_pretrained(checkpoint(name))
+    coded, exact = (log_ground_truth(model, tok, ids, config, new_tokens=4) for config in (lossy(), lossless(model)))
+    some = any(isinstance(o, SpectralLayer) for o in SpectralCache(model.config, lossy()).layers)
+    assert [len(s.layer_errors) for s in coded.steps] == [2] * 4
+    assert max(max(s.layer_errors) for s in exact.steps) < 1e-4
+    for s in coded.steps[1:]: assert (max(s.layer_errors) > .01) == some
+
+
 # --- recall of a trained model
 
 @functools.cache
