@@ -7,8 +7,8 @@ __all__ = ['GROUP', 'PAGE', 'WIDTHS', 'PLANES', 'CHUNK', 'KEY_BYTES', 'MOST_ANCH
            'DISTORTION', 'STEP', 'STEP_SEARCH', 'planes_of', 'pack', 'unpack', 'Layout', 'to_pages', 'from_pages',
            'best_step', 'quantize', 'dequantize', 'decorrelate', 'Spectrum', 'moments', 'spectrum', 'anchor_angles',
            'to_anchor', 'query_at_anchors', 'Sample', 'Sensitivity', 'sensitivity', 'Pool', 'allocate', 'Quantizer',
-           'Coded', 'error_of', 'Loss', 'together', 'Measured', 'Segment', 'SpectralStore', 'fit_bases', 'plan',
-           'settle']
+           'Coded', 'error_of', 'analysis_together', 'code_together', 'Loss', 'together', 'Measured', 'Segment',
+           'SpectralStore', 'fit_bases', 'plan', 'settle', 'code_pages', 'add_pages', 'not_finite']
 
 # %% ../nbs/02b_spectral.ipynb #f57855cf
 from collections import defaultdict
@@ -443,7 +443,7 @@ class Quantizer:
         out = torch.baddbmm(self.bias[..., :rank].flatten(0, 1), x.flatten(0, 1), self.analysis[..., :rank].flatten(0, 1)).view(B, H, n, rank)
         return torch.minimum(out.round_().clamp_(min=0), self.top[..., :rank], out=out)
 
-# %% ../nbs/02b_spectral.ipynb #fcfd2922
+# %% ../nbs/02b_spectral.ipynb #ea4b0378
 @dataclass
 class Coded:
     "Packed codes of `n` tokens, and the basis that they refer to."
@@ -495,21 +495,12 @@ class Coded:
 
     def extend(self,
         x:Tensor, # States of later pages `[B, H, n, D]` float32
-        weight:Tensor, # 0 for tokens that do not count
+        weight:Tensor|None=None, # 0 for tokens that do not count `[B, H or 1, n, 1]`; None: all do
     ) -> Tensor: # Mean squared error of a token `[]`
         "Code more tokens in the same basis, by least squares."
-        if not self.layout.rank:
-            codes = x.new_zeros(*x.shape[:3], 0)
-        else:
-            rows = self.rows()
-            size = rows.norm(dim=-1, keepdim=True).clamp_min(1e-20)
-            unit = rows / size
-            L = torch.linalg.cholesky_ex(unit @ unit.mT + 1e-6 * torch.eye(len(unit[0, 0]), device=x.device))[0]
-            codes = (torch.cholesky_solve(unit @ (x - self.offset).mT, L) / size).mT
-        top = 2 * self.middle()
-        codes = codes.round().clamp(min=torch.zeros_like(top), max=top)
-        self.codes = torch.cat([self.codes, to_pages(self.layout.pack(codes.to(torch.uint8)), self.by_byte)], 2)
-        return error_of(x, self.offset + codes @ self.rows(), weight)
+        (pages,), (error,) = code_together([self], x[:, :, None], None if weight is None else weight[:, :, None])
+        self.codes = torch.cat([self.codes, pages], 2)
+        return error
 
     def tensors(self) -> dict[str, Tensor]:
         "What is kept."
@@ -523,6 +514,60 @@ def error_of(
 ) -> Tensor: # `[]`
     "Mean squared error of a token that counts."
     return ((x - coded).square() * weight).sum() / (weight.expand(*x.shape[:3], 1).sum()).clamp_min(1)
+
+# %% ../nbs/02b_spectral.ipynb #cfbaa8e8
+@lru_cache(16)
+def _joint(layouts:tuple[Layout, ...], device:torch.device) -> tuple: # Largest rank; place of each row; largest codes; component, shift, mask and place in its byte of each of up to 8 parts of a byte
+    "How codes of several layouts, rows filled up with zeros, become bytes."
+    R = max(GROUP, *(l.rank for l in layouts))
+    at, top, parts = [], torch.zeros(len(layouts), R, 1), []
+    for i, l in enumerate(layouts):
+        at += range(i * R, i * R + l.rank)
+        top[i, :l.rank, 0] = 2. ** l.components(l.rank) - 1
+        for w, members in l.planes().items():
+            n = len(members) * GROUP * w // 8
+            for j in range(n):
+                cols = [(p, *members[(p * n + j) // GROUP], (p * n + j) % GROUP) for p in range(8 // w)]
+                parts.append([(i * R + g * GROUP + c, shift, 2 ** w - 1, p * w) for p, g, shift, c in cols] + [(0, 0, 0, 0)] * (8 - len(cols)))
+    parts = torch.tensor(parts, dtype=torch.int32).view(-1, 8, 4)[:, :max([8 // w for l in layouts for w, m in l.planes().items() if m], default=1)]
+    comps, *rest = parts.permute(2, 1, 0).unbind()
+    return R, *(t.to(device) for t in (torch.tensor(at, dtype=torch.long), top, comps.flatten(), *(t[..., None].to(torch.uint8) for t in rest)))
+
+# %% ../nbs/02b_spectral.ipynb #e4a725b3
+def analysis_together(
+    coded:list[Coded], # Keys or values of several layers, alike but for ranks
+) -> tuple[Tensor, Tensor]: # Rows `[B, H, len(coded), R, D]` float32, zeros beyond a rank, and what turns states into codes, of the same shape
+    "Rows of several bases and their pseudo-inverses, transposed."
+    R, at, *_ = _joint(tuple(c.layout for c in coded), coded[0].basis.device)
+    B, H, _, D = coded[0].basis.shape
+    rows = coded[0].scale.new_zeros(B, H, len(coded) * R, D)
+    rows = rows.index_copy_(2, at, torch.cat([c.basis for c in coded], 2) * torch.cat([c.scale for c in coded], 2)).view(B, H, len(coded), R, D)
+    size = rows.norm(dim=-1, keepdim=True).clamp_min_(1e-20)
+    unit = rows / size
+    gram = unit @ unit.mT
+    gram.diagonal(dim1=-2, dim2=-1).add_(1e-6)
+    L = torch.linalg.cholesky_ex(gram)[0]
+    unit = torch.linalg.solve_triangular(L.mT, torch.linalg.solve_triangular(L, unit, upper=False), upper=True)
+    return rows, unit.div_(size)
+
+def code_together(
+    coded:list[Coded], # Keys or values of several layers, alike but for ranks
+    x:Tensor, # States of later tokens `[B, H, len(coded), n, D]` float32, n a multiple of `PAGE`
+    weight:Tensor|None=None, # 0 for tokens that do not count `[B, H or 1, len(coded) or 1, n, 1]`; None: all do
+) -> tuple[list[Tensor], Tensor]: # Pages of each `[B, H, n / PAGE, bytes of a page]`, and mean squared errors of a token `[len(coded)]`
+    "Codes of more tokens in the bases of several layers, by least squares; adds them nowhere."
+    layouts = tuple(c.layout for c in coded)
+    R, _, top, comps, *bits = _joint(layouts, x.device)
+    rows, analysis = analysis_together(coded)
+    x = (x - torch.stack([c.offset for c in coded], 2)).mT
+    codes = torch.minimum((analysis @ x).round_().clamp_(min=0), top)
+    lost = (x - rows.mT @ codes).square_().sum(-2)
+    count = lost.new_tensor(1. * lost[:, :, 0].numel()) if weight is None else weight.expand(*lost.shape, 1).sum((0, 1, 3, 4)).clamp_min(1)
+    errors = (lost if weight is None else lost * weight[..., 0]).sum((0, 1, 3)) / count
+    shift, mask, place = bits
+    parts = codes.to(torch.uint8).flatten(2, 3)[:, :, comps].unflatten(2, (len(shift), -1))
+    packed = parts.bitwise_right_shift_(shift).bitwise_and_(mask).bitwise_left_shift_(place).sum(2, dtype=torch.uint8).mT
+    return [to_pages(p, c.by_byte) for p, c in zip(packed.split([l.nbytes for l in layouts], -1), coded)], errors
 
 # %% ../nbs/02b_spectral.ipynb #c9c15d1e
 @dataclass
@@ -608,7 +653,7 @@ class Segment:
             for n, t in (vars(o).items() if o is not None else ()):
                 if isinstance(t, Tensor): setattr(o, n, f(t))
 
-# %% ../nbs/02b_spectral.ipynb #4db1c90c
+# %% ../nbs/02b_spectral.ipynb #f3ab50ae
 class SpectralStore:
     "Cold tokens of one layer under spectral coding: segments of pages."
     page = PAGE
@@ -661,10 +706,7 @@ class SpectralStore:
         weight:Tensor, # `[B, H or 1, n * page]`, 0: does not count
     ):
         "Code more pages in the last segment's bases, and notice when they no longer fit."
-        last, w = self.segments[-1], (weight[..., None] > 0).float()
-        keys = to_anchor(key_states, len(self), self.table)
-        errors = last.keys.extend(keys, w), last.values.extend(value_states.float(), w)
-        self.drifted = self.drifted + 1 if any(e > limit for e, limit in zip(errors, last.limits)) else 0
+        add_pages([self], *code_pages([self], key_states[:, :, None], value_states[:, :, None], weight[:, :, None]))
 
     def key_states(self) -> Tensor: # **post-RoPE** `[B, H, len(self), D]` float32
         "The keys that the codes stand for."
@@ -766,6 +808,41 @@ def settle(
     "Read the limits of new segments from the device, once for all layers."
     last = [o.segments[-1] for o in stores]
     for s, limits in zip(last, torch.stack([s.limits.to(last[0].limits.device) for s in last]).tolist()): s.limits = tuple(limits)
+
+# %% ../nbs/02b_spectral.ipynb #36238862
+@torch.no_grad()
+def code_pages(
+    stores:list[SpectralStore], # With as many tokens, and bases of one shape but for ranks
+    key_states:Tensor, # **post-RoPE** `[B, H, len(stores), n, D]`, n a multiple of `PAGE`
+    value_states:Tensor, # `[B, H, len(stores), n, Dv]`
+    weight:Tensor|None=None, # 0 for tokens that do not count `[B, H or 1, len(stores), n]`; None: all do
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor]: # Pages of keys and values of each, and mean squared errors of a token `[len(stores), 2]`
+    "Codes of the next tokens of several layers, in the bases of their last segments."
+    last, table, n = [o.segments[-1] for o in stores], stores[0].table, key_states.shape[3]
+    w = None if weight is None else (weight[..., None] > 0).float()
+    cos, sin = anchor_angles(len(stores[0]), n, table, key_states.device)
+    keys, key_errors = code_together([s.keys for s in last], turn(key_states, cos, -sin, table.interleaved), w)
+    values, value_errors = code_together([s.values for s in last], value_states.float(), w)
+    return list(zip(keys, values)), torch.stack([key_errors, value_errors], -1)
+
+def add_pages(
+    stores:list[SpectralStore],
+    pages:list[tuple[Tensor, Tensor]], # From `code_pages`
+    errors:Tensor, # `[len(stores), 2]`
+):
+    "Add coded pages, and notice where bases no longer fit. Waits for the device, once for all layers."
+    errors = errors.tolist()
+    if not np.isfinite(errors).all(): raise not_finite(len(stores[0]))
+    for o, new, pair in zip(stores, pages, errors):
+        last = o.segments[-1]
+        for c, p in zip((last.keys, last.values), new): c.codes = torch.cat([c.codes, p], 2)
+        o.drifted = o.drifted + 1 if any(e > limit for e, limit in zip(pair, last.limits)) else 0
+
+def not_finite(
+    start:int, # First token that they may be of
+) -> ValueError:
+    "What to say of states that cannot be coded."
+    return ValueError(f"key or value states from token {start} on are not finite and cannot be compressed. Check the model's dtype (float16 overflows in some models: load it in bfloat16 or float32)")
 
 # %% ../nbs/02b_spectral.ipynb #c84b2a9f
 STORES["spectral"] = SpectralStore

@@ -153,7 +153,7 @@ def random_model(
         try: return AutoModelForCausalLM.from_config(MistralConfig(**shape)).eval()
         finally: torch.set_default_dtype(old)
 
-# %% ../nbs/14b_speed.ipynb #87033d01
+# %% ../nbs/14b_speed.ipynb #5662c592
 @torch.no_grad()
 def filled_cache(
     model,
@@ -170,7 +170,7 @@ def filled_cache(
         cache = SpectralCache(c, SpectralConfig(coding="spectral", ratio=ratio))
         for o in cache.layers:
             layer, _ = coded_layer(1, tokens, ratio, **shape, dtype=dtype, device=dev) if o is cache.layers[0] else (copy.deepcopy(cache.layers[0]), None)
-            vars(o).update({n: t for n, t in vars(layer).items() if n not in ("config", "table", "compressed_attention", "on_full")})
+            vars(o).update({n: t for n, t in vars(layer).items() if n not in ("config", "table", "compressed_attention", "on_full", "on_page")})
             o.cold.table = o.table
         for o in cache.layers: o.batch_repeat_interleave(batch) if batch > 1 else None
         return cache

@@ -1,4 +1,5 @@
 "Spectral coding: packed round trips, lossless limits, and attention from codes against attention over rebuilt states."
+import copy
 import warnings
 
 import pytest
@@ -113,6 +114,33 @@ def test_a_bad_token_is_noticed_before_it_is_coded():
     layer.append(torch.full_like(keys[:, :, :1], torch.nan), values[:, :, :1])
     with pytest.raises(ValueError, match="not finite"):
         for _ in range(300): layer.append(keys[:, :, 100:101], values[:, :, 100:101])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_layers_code_a_page_together(padded):
+    "What a cache codes for all layers at once is what each would code alone; a layer that takes no tokens holds the others up for one page only."
+    from transformers import LlamaConfig
+    config = LlamaConfig(vocab_size=64, hidden_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=64)
+    gen, mask = torch.Generator().manual_seed(0), torch.cat([torch.zeros(1, 200 if padded else 0), torch.ones(1, 700 - (200 if padded else 0))], 1)
+    cache = SpectralCache(config, attention_mask=mask, bits=1.5, drift=1e6)
+    states = torch.randn(3, 2, 1, 2, 1100, 64, generator=gen) * torch.stack([torch.logspace(.5, -i, 64) for i in (0, 1, 3)])[:, None, None, None, None]
+    for layer, (k, v) in zip(cache.layers, states): layer.append(k[:, :, :600], v[:, :, :600])
+    cache.layers[1].add_landmarks(torch.tensor([650]))
+    alone = copy.deepcopy(cache.layers)
+    for o in alone: o.on_page = lambda layer: layer.freeze(layer.cold.page)
+    for i in range(600, 1100):
+        before = len(cache.layers[0].cold)
+        for layer, one, (k, v) in zip(cache.layers, alone, states):
+            one.append(k[:, :, i:i + 1], v[:, :, i:i + 1])
+            assert len(cache.layers[0].cold) == before # until the last layer has its token
+            layer.append(k[:, :, i:i + 1], v[:, :, i:i + 1])
+    assert len({o.cold.segments[0].keys.layout.rank for o in alone}) > 1
+    for a, b in zip(cache.layers, alone):
+        assert len(a.cold) == len(b.cold) > 800
+        for x, y in zip((*a.get_kv(), a.landmark_keys), (*b.get_kv(), b.landmark_keys)): torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-4)
+    n = len(cache.layers[0].cold)
+    for i in range(300): cache.layers[0].append(states[0, 0, :, :, :1], states[0, 1, :, :, :1])
+    assert len(cache.layers[0].cold) > n
 
 
 def test_a_change_of_subject_fits_new_bases():
