@@ -6,7 +6,7 @@
 __all__ = ['CompressedStates', 'Ledger', 'HotTier', 'SpectralLayer', 'check_finite', 'freeze_page', 'fixed_nbytes',
            'tokens_to_code', 'fit_layers', 'SpectralCache']
 
-# %% ../nbs/03_cache.ipynb #cbda1d18
+# %% ../nbs/03_cache.ipynb #8cf66937
 import warnings
 from collections import defaultdict
 
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from . import peers  # registers its stores
 from .codec import EXACT_DTYPES, STORES, SpectralConfig
 from .rope import RopeTable, rope_table
-from .spectral import LOSS_RANK, Sample, add_pages, allocate, anchor_angles, code_pages, fit_bases, not_finite, plan, settle
+from .spectral import LOSS_RANK, Sample, add_pages, allocate, anchor_angles, code_pages, fit_bases, measure_together, not_finite, plan, settle
 
 # %% ../nbs/03_cache.ipynb #7b83970b
 class CompressedStates(torch.Tensor):
@@ -519,7 +519,7 @@ def observe(self:SpectralLayer,
         sample.slots = torch.cat([self.sample.slots, sample.slots])[-most:]
     self.sample = sample
 
-# %% ../nbs/03_cache.ipynb #d76b1d23
+# %% ../nbs/03_cache.ipynb #0a7f2de7
 def fixed_nbytes(
     layer:SpectralLayer,
     n:int, # Tokens about to be coded
@@ -528,7 +528,7 @@ def fixed_nbytes(
     B, H, _, D = layer.landmark_keys.shape
     Dv, hot = layer.landmark_values.shape[-1], layer.hot_length - n
     held = sum(t.untyped_storage().nbytes() for (tier, name), t in layer.tensors().items() if tier not in ("hot", "sample"))
-    return held + B * H * (hot * (D + Dv + 4) + 4 * (D + Dv) + (2 * LOSS_RANK * D + 4 if layer.sample is not None else 0))
+    return held + B * H * (hot * (D + Dv + 4) + 4 * (D + Dv) + (0 if layer.cold.measured.hard else 2 * LOSS_RANK * D + 4))
 
 # %% ../nbs/03_cache.ipynb #7a3002ff
 def tokens_to_code(
@@ -541,7 +541,7 @@ def tokens_to_code(
     if first and config.bits is None and (T - n) / 2 > .4 * T / (config.ratio or 8.): n = (T - min(64, config.hot_buffer_size)) // page * page
     return n
 
-# %% ../nbs/03_cache.ipynb #b5c47db2
+# %% ../nbs/03_cache.ipynb #ad0f4f5b
 @torch.no_grad()
 def fit_layers(
     layers:list[SpectralLayer], # Of one cache, with the same number of hot tokens
@@ -555,9 +555,11 @@ def fit_layers(
     n = tokens_to_code(layers[0], first=not old)
     with torch.autocast(layers[0].device.type, enabled=False):
         start, angles = len(stores[0]), {}
-        for l in layers:
-            if (key := (id(l.table), l.device)) not in angles: angles[key] = anchor_angles(start, n, l.table, l.device)
-            l.cold.measure(l.sample, *l.hot.states(), l.token_weight(n), angles[key])
+        for l in layers: angles.setdefault((id(l.table), l.device), []).append(l)
+        for key, part in angles.items():
+            angles[key] = anchor_angles(start, n, part[0].table, part[0].device)
+            measure_together([l.cold for l in part], [l.sample for l in part], [l.hot.states() for l in part], [l.token_weight(n) for l in part], angles[key])
+        for l in layers: l.sample = None
         pools = fit_bases(stores, weights)
         if old: budget = sum(8 * n * p.rows * c.layout.nbytes + p.rows * c.layout.rank * p.overhead() for p, c in zip(pools, [c for s in old for c in (s.keys, s.values)]))
         elif config.bits is not None: budget = config.bits * sum(p.rows * p.tokens * len(p.variance) for p in pools)
@@ -568,7 +570,6 @@ def fit_layers(
     for l in layers:
         l.freeze(n, angles=angles[id(l.table), l.device])
         l.hot.to_int8(l.landmark_keys.dtype if l.landmark_keys.dtype != torch.float32 else torch.float16)
-        l.sample = None
     settle(stores)
 
 # %% ../nbs/03_cache.ipynb #e618dce5

@@ -231,7 +231,7 @@ def known_layer_weights(
     path = calibrate.weights_path(model)
     return [tuple(w) for w in json.loads(path.read_text())["weights"]] if path.is_file() else None
 
-# %% ../nbs/06_integration.ipynb #a455edd1
+# %% ../nbs/06_integration.ipynb #851ac736
 def attend_function(
     use_triton_kernel:bool|None, # None: on a GPU
     say=log.info, # Called with a sentence about the choice
@@ -239,7 +239,9 @@ def attend_function(
     "The function that attends to the compressed cache."
     if use_triton_kernel is None: use_triton_kernel = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
     if not use_triton_kernel: return attend
-    try: kernel = getattr(importlib.import_module("spectral_nb.kernels"), "attend", None)
+    try:
+        kernel = getattr(importlib.import_module("spectral_nb.kernels"), "attend", None)
+        importlib.import_module("spectral_nb.encode_kernels") # registers itself
     except ImportError: kernel = None
     if kernel is None:
         log.warning("use_triton_kernel=True, but this installation has no Triton kernel: attention falls back to PyTorch (same results, slower)")

@@ -8,7 +8,7 @@ __all__ = ['GROUP', 'PAGE', 'WIDTHS', 'PLANES', 'CHUNK', 'KEY_BYTES', 'MOST_ANCH
            'best_step', 'quantize', 'dequantize', 'decorrelate', 'Spectrum', 'moments', 'spectrum', 'anchor_angles',
            'to_anchor', 'query_at_anchors', 'Sample', 'Sensitivity', 'sensitivity', 'Pool', 'allocate', 'Quantizer',
            'Coded', 'error_of', 'analysis_together', 'code_together', 'Loss', 'together', 'Measured', 'Segment',
-           'SpectralStore', 'fit_bases', 'plan', 'settle', 'code_pages', 'add_pages', 'not_finite']
+           'SpectralStore', 'measure_together', 'fit_bases', 'plan', 'settle', 'code_pages', 'add_pages', 'not_finite']
 
 # %% ../nbs/02b_spectral.ipynb #f57855cf
 from collections import defaultdict
@@ -279,13 +279,13 @@ def query_at_anchors(
     cos, sin = table.rows(start + PAGE * torch.arange(0, pages, skip, device=query_states.device) + PAGE // 2)
     return turn(query_states[:, :, None], cos[:, None], -sin[:, None], table.interleaved)
 
-# %% ../nbs/02b_spectral.ipynb #509d6e8c
+# %% ../nbs/02b_spectral.ipynb #ead3aed0
 @dataclass
 class Sample:
     "Queries of one layer that stand for those to come."
     queries:Tensor # **post-RoPE** `[B, heads, q, D]`
-    slots:Tensor # Where they are `[q]`
-    gram:Tensor # Metric of each head's output `[heads, Dv, Dv]`
+    slots:Tensor # Where they are `[q]`, or of each row `[B, q]`
+    gram:Tensor # Metric of each head's output `[heads, Dv, Dv]`, or of each row `[B, heads, Dv, Dv]`
     scaling:float
     softcap:float|None=None
 
@@ -298,7 +298,7 @@ class Sensitivity:
     share:Tensor # Of the attention that coded tokens receive `[B, H, n, 1]`, sum 1
     queries:Tensor # Second moment of queries at anchors `[B, H, D, D]`
 
-# %% ../nbs/02b_spectral.ipynb #0c5cae09
+# %% ../nbs/02b_spectral.ipynb #a20a37c5
 @torch.no_grad()
 def sensitivity(
     sample:Sample,
@@ -312,36 +312,34 @@ def sensitivity(
     "Metrics of keys and values, from the attention of sampled queries."
     B, H, T, D = key_states.shape
     n, q, dtype = weight.shape[2], sample.queries.shape[2], dtype or (key_states.dtype if key_states.is_cuda else torch.float32)
-    k, v = key_states.to(dtype), value_states.to(dtype)
-    s = (sample.queries.reshape(B, H, -1, D) * sample.scaling).to(dtype) @ k.mT
+    k, v, queries = key_states.to(dtype), value_states.to(dtype), sample.queries.reshape(B, H, -1, D)
+    s = (queries * sample.scaling).to(dtype) @ k.mT
     if sample.softcap is not None: s = sample.softcap * torch.tanh(s / sample.softcap)
-    late = torch.arange(start, start + T, device=k.device) > sample.slots[:, None]
-    s = s.view(B, H, -1, q, T).masked_fill_(late, torch.finfo(dtype).min)
-    a = torch.softmax(s, -1, dtype=torch.float32)
+    late = torch.arange(start, start + T, device=k.device) > sample.slots[..., None]
+    a = torch.softmax(s.view(B, H, -1, q, T).masked_fill_(late.view(-1, 1, 1, q, T), torch.finfo(dtype).min), -1).flatten(2, 3)
     del s
-    out = (a.flatten(2, 3).to(dtype) @ v).float().view(B, H, -1, q, v.shape[-1])
-    share = a[..., :n].sum((2, 3))[..., None] * weight
+    out = (a @ v).float().view(B, H, -1, q, v.shape[-1])
+    share = a[..., :n].sum(2, dtype=torch.float32)[..., None] * weight
     share = torch.where(share.sum(-2, keepdim=True) > 0, share, weight)
     share = share / share.sum(-2, keepdim=True).clamp_min(1e-30)
     skip = max(1, -(-n // (PAGE * MOST_ANCHORS))) # long prompts: metrics from every second page, and so on
-    some = lambda x, dim: x.narrow(dim, 0, n).unflatten(dim, (-1, PAGE)).transpose(0, dim)[::skip].transpose(0, dim).flatten(dim, dim + 1)
-    a, v = some(a, 4) * some(weight, 2)[:, :, None].mT, some(v, 2)
-    G = sample.gram.float().view(1, H, -1, *sample.gram.shape[1:])
-    size = G.diagonal(dim1=-2, dim2=-1).mean().clamp_min(1e-30)
-    near = v.float().mean(2, keepdim=True) # without the mean, and no number above one: distances in half precision
-    vc, oc, Gn = v[:, :, None] - near[:, :, None].to(dtype), out - near[:, :, None], G / size
-    most = vc.abs().amax().clamp_min(1e-4)
+    some = lambda x, dim: x.narrow(dim, 0, n).unflatten(dim, (-1, PAGE)).movedim(dim, 0)[::skip].movedim(0, dim)
+    a, v = some(a, 3) * some(weight.to(dtype), 2)[:, :, None, ..., 0], some(v, 2).flatten(2, 3)
+    G = sample.gram.float().view(-1, H, out.shape[2], *sample.gram.shape[-2:])
+    size = G.diagonal(dim1=-2, dim2=-1).mean((1, 2, 3)).clamp_min(1e-30).view(-1, 1, 1, 1, 1)
+    near = v.mean(2, keepdim=True, dtype=torch.float32)[:, :, None] # without the mean, and no number above one: distances in half precision
+    vc, oc, Gn = v[:, :, None] - near.to(dtype), out - near, G / size
+    most = vc.abs().amax((1, 2, 3, 4), keepdim=True).clamp_min(1e-4)
     vc, oc, size = vc / most, oc / most, size * most.float().square()
-    oG = oc @ Gn
-    moved = (oG.to(dtype) @ vc.mT).float().mul_(-2)
-    moved += ((vc @ Gn.to(dtype)) * vc).sum(-1, dtype=torch.float32)[..., None, :]
-    moved += (oG * oc).sum(-1)[..., None]
-    a.square_()
-    moved = moved.clamp_min_(0).mul_(a).unflatten(-1, (-1, PAGE)).sum(-1).mul_(skip)
-    at = query_at_anchors(sample.queries.reshape(B, H, -1, D), start, n // PAGE, table, skip)
-    keys = (at * moved.movedim(-1, 2).flatten(3)[..., None]).flatten(2, 3).mT @ at.flatten(2, 3) * (size * sample.scaling ** 2 / q)
-    flat = at.flatten(2, 3)
-    return Sensitivity(keys, (a.sum((-2, -1))[..., None, None] * G).sum(2) * (skip / q), share, flat.mT @ flat / flat.shape[2])
+    oG, vG = oc @ Gn, ((vc @ Gn.to(dtype)) * vc).sum(-1, keepdim=True, dtype=torch.float32)
+    pair = lambda x: (x.to(dtype), (x - x.to(dtype)).to(dtype)) # a number and its rounding error
+    ones = lambda x: x.new_ones(1, dtype=dtype).expand(*x.shape[:-1], 2)
+    moved = torch.cat([(-2 * oG).to(dtype), ones(oG), *pair((oG * oc).sum(-1, keepdim=True))], -1) @ torch.cat([vc.expand(*vG.shape[:-1], -1), *pair(vG), ones(vG)], -1).mT
+    moved = moved.flatten(2, 3).view_as(a).float().clamp_min_(0).mul_(a).mul_(a).sum(-1).mul_(skip)
+    at = query_at_anchors(queries, start, n // PAGE, table, skip).flatten(2, 3)
+    keys = (at * moved.mT.flatten(2)[..., None]).mT @ at * (size[..., 0] * sample.scaling ** 2 / q)
+    received = torch.linalg.vector_norm(a.unflatten(2, (-1, q)), dim=(3, 4, 5), dtype=torch.float32).square()
+    return Sensitivity(keys, (received[..., None, None] * G).sum(2) * (skip / q), share, at.mT @ at / at.shape[2])
 
 # %% ../nbs/02b_spectral.ipynb #a9cb42ab
 @dataclass
@@ -443,7 +441,7 @@ class Quantizer:
         out = torch.baddbmm(self.bias[..., :rank].flatten(0, 1), x.flatten(0, 1), self.analysis[..., :rank].flatten(0, 1)).view(B, H, n, rank)
         return torch.minimum(out.round_().clamp_(min=0), self.top[..., :rank], out=out)
 
-# %% ../nbs/02b_spectral.ipynb #ea4b0378
+# %% ../nbs/02b_spectral.ipynb #28e96c7a
 @dataclass
 class Coded:
     "Packed codes of `n` tokens, and the basis that they refer to."
@@ -454,22 +452,30 @@ class Coded:
     codes:Tensor # uint8 `[B, H, n / PAGE, bytes of a page]`, from `to_pages`
     by_byte:bool=False # Order of the bytes of a page: values True, keys False
 
+    kernel = None # Codes states in one launch where one is at hand (`spectral_nb.encode_kernels`)
+
     @classmethod
     def fit(cls,
         s:Spectrum,
-        x:Tensor, # States to code `[B, H, n, D]` float32
+        x:Tensor, # States to code `[B, H, n, D]`
         weight:Tensor, # 0 for tokens that do not count `[B, H or 1, n, 1]`
         share:Tensor, # Of the attention, for each token `[B, H, n, 1]`
         layout:Layout,
         quantizer:Quantizer|None=None, # Default: fitted to `x`
         by_byte:bool=False, # Order of the bytes of a page
+        angles:tuple[Tensor, Tensor, bool]|None=None, # Where `x` are keys **post-RoPE**: rotation of each one's anchor, and whether pairs are neighbours
+        kernel:bool=True, # Ask `Coded.kernel`
     ):
         "Code `x`, with an offset for which the mean error that attention sees is zero."
-        r = layout.rank
-        if quantizer is None: quantizer = Quantizer.fit(x, weight, s, layout.components(x.shape[-1]).expand(len(x), -1).to(x.device))
-        codes = quantizer.codes(x, r)
-        out = cls(layout, quantizer.basis[..., :r, :].clone(), quantizer.scale[..., :r, :].clone(), s.mean, to_pages(layout.pack(codes.to(torch.uint8)), by_byte), by_byte)
-        out.offset = share.mT @ x - (share.mT @ codes) @ out.rows()
+        r, at_anchor = layout.rank, lambda: x.float() if angles is None else turn(x, angles[0], -angles[1], angles[2])
+        if quantizer is None: quantizer = Quantizer.fit(at_anchor(), weight, s, layout.components(x.shape[-1]).expand(len(x), -1).to(x.device))
+        out = cls(layout, quantizer.basis[..., :r, :].clone(), quantizer.scale[..., :r, :].clone(), s.mean, None, by_byte)
+        def by_torch():
+            y = at_anchor()
+            codes = quantizer.codes(y, r)
+            return to_pages(layout.pack(codes.to(torch.uint8)), by_byte), share.mT @ y - (share.mT @ codes) @ out.rows()
+        got = None if cls.kernel is None or not kernel else cls.kernel.prompt(out, x, quantizer.analysis[..., :r], share, angles, by_torch)
+        out.codes, out.offset = got or by_torch()
         return out
 
     def middle(self) -> Tensor: # `[rank]` float32
@@ -533,7 +539,7 @@ def _joint(layouts:tuple[Layout, ...], device:torch.device) -> tuple: # Largest 
     comps, *rest = parts.permute(2, 1, 0).unbind()
     return R, *(t.to(device) for t in (torch.tensor(at, dtype=torch.long), top, comps.flatten(), *(t[..., None].to(torch.uint8) for t in rest)))
 
-# %% ../nbs/02b_spectral.ipynb #e4a725b3
+# %% ../nbs/02b_spectral.ipynb #89fa4ed1
 def analysis_together(
     coded:list[Coded], # Keys or values of several layers, alike but for ranks
 ) -> tuple[Tensor, Tensor]: # Rows `[B, H, len(coded), R, D]` float32, zeros beyond a rank, and what turns states into codes, of the same shape
@@ -552,13 +558,17 @@ def analysis_together(
 
 def code_together(
     coded:list[Coded], # Keys or values of several layers, alike but for ranks
-    x:Tensor, # States of later tokens `[B, H, len(coded), n, D]` float32, n a multiple of `PAGE`
+    x:Tensor, # States of later tokens `[B, H, len(coded), n, D]`, n a multiple of `PAGE`
     weight:Tensor|None=None, # 0 for tokens that do not count `[B, H or 1, len(coded) or 1, n, 1]`; None: all do
+    angles:tuple[Tensor, Tensor, bool]|None=None, # As in `Coded.fit`
+    kernel:bool=True, # Ask `Coded.kernel`
 ) -> tuple[list[Tensor], Tensor]: # Pages of each `[B, H, n / PAGE, bytes of a page]`, and mean squared errors of a token `[len(coded)]`
     "Codes of more tokens in the bases of several layers, by least squares; adds them nowhere."
     layouts = tuple(c.layout for c in coded)
     R, _, top, comps, *bits = _joint(layouts, x.device)
     rows, analysis = analysis_together(coded)
+    if kernel and Coded.kernel is not None and (got := Coded.kernel.pages(coded, x, analysis, weight, angles)) is not None: return got
+    x = x.float() if angles is None else turn(x, angles[0], -angles[1], angles[2])
     x = (x - torch.stack([c.offset for c in coded], 2)).mT
     codes = torch.minimum((analysis @ x).round_().clamp_(min=0), top)
     lost = (x - rows.mT @ codes).square_().sum(-2)
@@ -612,15 +622,16 @@ def together(
             for i, o in zip(part, zip(*(t.chunk(len(part)) for t in f(*(torch.cat([a[i] for i in part]) for a in args))))): out[i] = o
     return out
 
-# %% ../nbs/02b_spectral.ipynb #1b1691a4
+# %% ../nbs/02b_spectral.ipynb #47008a7d
 @dataclass
 class Measured:
     "What is known of one layer whose tokens are to be coded."
-    sample:Sample|None
+    scaling:float|None # Of scores; None: no queries were sampled
+    hard:bool # Scores are soft-capped, or not known: nothing is added to them
     weight:Tensor # 0 for tokens that do not count `[B, 1, n, 1]`
     sensitivity:Sensitivity
     moments:list[tuple[Tensor, Tensor]] # Of keys at their anchors and of values
-    states:tuple[Tensor, Tensor] # Every `stride`-th key, at its anchor, and value, float32
+    states:tuple[Tensor, Tensor] # Every `stride`-th key, at its anchor, and value, in the dtype of the states
     stride:int
     spectra:tuple[Spectrum, Spectrum]|None=None
     quantizers:tuple[Quantizer, Quantizer]|None=None
@@ -653,7 +664,7 @@ class Segment:
             for n, t in (vars(o).items() if o is not None else ()):
                 if isinstance(t, Tensor): setattr(o, n, f(t))
 
-# %% ../nbs/02b_spectral.ipynb #f3ab50ae
+# %% ../nbs/02b_spectral.ipynb #92f37e74
 class SpectralStore:
     "Cold tokens of one layer under spectral coding: segments of pages."
     page = PAGE
@@ -679,14 +690,7 @@ class SpectralStore:
         angles:tuple[Tensor, Tensor]|None=None, # From `anchor_angles`
     ):
         "Metrics of a new segment, and a part of its states to fit bases to."
-        start, n, weight = len(self), weight.shape[2], (weight[..., None] > 0).float()
-        stride = max(1, n // FIT_TOKENS)
-        keys, values = to_anchor(key_states[:, :, :n:stride], start, self.table, stride=stride, angles=angles and tuple(o[::stride] for o in angles)), value_states[:, :, :n:stride].float()
-        eye = lambda x: torch.eye(x.shape[-1], device=x.device).expand(*x.shape[:2], -1, -1)
-        if sample is None: s = Sensitivity(eye(keys), eye(values), (weight / weight.sum(2, keepdim=True).clamp_min(1)).expand(*keys.shape[:2], -1, -1), eye(keys))
-        else: s = sensitivity(sample, key_states, value_states, weight, start, self.table)
-        found, fine = [moments(x, weight[:, :, ::stride]) for x in (keys, values)], max(1, keys.shape[2] // STEP_TOKENS)
-        self.measured = Measured(sample, weight, s, found, tuple(x[:, :, ::fine].clone() for x in (keys, values)), stride * fine)
+        measure_together([self], [sample], [(key_states, value_states)], [weight], angles)
 
     def start(self,
         key_states:Tensor, # **post-RoPE** `[B, H, n, D]`, as measured
@@ -695,10 +699,10 @@ class SpectralStore:
     ):
         "Begin a segment with these tokens, as `plan` said."
         m, self.measured, self.drifted = self.measured, None, 0
-        states = to_anchor(key_states, len(self), self.table, angles=angles), value_states.float()
-        coded = [Coded.fit(s, x, m.weight, m.sensitivity.share, l, q, by_byte) for s, x, l, q, by_byte in zip(m.spectra, states, m.layouts, m.quantizers, (False, True))]
+        turned = *(angles or anchor_angles(len(self), key_states.shape[2], self.table, key_states.device)), self.table.interleaved
+        coded = [Coded.fit(s, x, m.weight, m.sensitivity.share, l, q, t is None, t, self.config.kernel != "torch") for s, x, l, q, t in zip(m.spectra, (key_states, value_states), m.layouts, m.quantizers, (turned, None))]
         limits = torch.stack([self.config.drift * q.error.mean() + .05 * q.spread.mean() for q in m.quantizers])
-        self.segments.append(Segment(*coded, m.loss, 1. if m.sample is None else m.sample.scaling, limits))
+        self.segments.append(Segment(*coded, m.loss, m.scaling or 1., limits))
 
     def append(self,
         key_states:Tensor, # **post-RoPE** `[B, H, n * page, D]`
@@ -766,7 +770,48 @@ class SpectralStore:
             n -= len(s); kept.append(s)
         self.segments = kept
 
-# %% ../nbs/02b_spectral.ipynb #62e96d7f
+# %% ../nbs/02b_spectral.ipynb #d08ccb09
+@torch.no_grad()
+def measure_together(
+    stores:list[SpectralStore], # With as many tokens
+    samples:list[Sample|None],
+    states:list[tuple[Tensor, Tensor]], # All exact keys **post-RoPE** `[B, H, T, D]` and values of each
+    weights:list[Tensor], # For the first n of them `[B, 1, n]`
+    angles:tuple[Tensor, Tensor]|None=None, # From `anchor_angles`
+    most:int|None=None, # Numbers of a matrix of queries by tokens; default: 64 MiB in half precision on a GPU, 4 MiB on a CPU
+):
+    "`SpectralStore.measure` of several layers, in as few calls as shapes and memory allow."
+    groups = defaultdict(list)
+    for i, (o, s, (k, v)) in enumerate(zip(stores, samples, states)): groups[k.shape, v.shape, k.dtype, k.device, id(o.table), None if s is None else (s.queries.shape, s.slots.shape, s.scaling, s.softcap)].append(i)
+    for (shape, *_, device, _, _), members in groups.items():
+        first = samples[members[0]]
+        rows = shape[0] * shape[2] * (shape[1] * shape[3] if first is None else first.queries.shape[1] * first.queries.shape[2])
+        step = max(1, (most or 2 ** (20 if device.type == "cpu" else 25)) // rows)
+        for at in range(0, len(members), step): _measure(*([o[i] for i in members[at:at + step]] for o in (stores, samples, states, weights)), angles)
+
+def _measure(stores, samples, states, weights, angles):
+    "All of these at once: layers as rows of a batch."
+    join = lambda x: x[0] if len(x) == 1 else torch.cat(x)
+    weight, start, table = (join(weights)[..., None] > 0).float(), len(stores[0]), stores[0].table
+    n, B = weight.shape[2], len(weights[0])
+    stride = max(1, n // FIT_TOKENS)
+    keys, values = (join([pair[i][:, :, :n:stride] for pair in states]) for i in range(2))
+    kind, keys, values = keys.dtype, to_anchor(keys, start, table, stride=stride, angles=angles and tuple(o[::stride] for o in angles)), values.float()
+    first = samples[0]
+    if first is None:
+        eye = lambda x: torch.eye(x.shape[-1], device=x.device).expand(*x.shape[:2], -1, -1)
+        s = Sensitivity(eye(keys), eye(values), (weight / weight.sum(2, keepdim=True).clamp_min(1)).expand(*keys.shape[:2], -1, -1), eye(keys))
+    else:
+        row = lambda x, dims: x if x.ndim == dims else x.expand(B, *x.shape) # what belongs to a layer, for each row of its batch
+        sample = Sample(join([o.queries for o in samples]), join([row(o.slots, 2) for o in samples]), join([row(o.gram, 4) for o in samples]), first.scaling, first.softcap)
+        s = sensitivity(sample, *(join([pair[i] for pair in states]) for i in range(2)), weight, start, table)
+    found, fine = [moments(x, weight[:, :, ::stride]) for x in (keys, values)], max(1, keys.shape[2] // STEP_TOKENS)
+    held = tuple(x[:, :, ::fine].to(kind, copy=True) for x in (keys, values))
+    for i, o in enumerate(stores):
+        at = lambda x: x[i * B:i * B + B]
+        o.measured = Measured(None if samples[i] is None else samples[i].scaling, samples[i] is None or samples[i].softcap is not None, at(weight), Sensitivity(*map(at, vars(s).values())), [tuple(map(at, m)) for m in found], tuple(map(at, held)), stride * fine)
+
+# %% ../nbs/02b_spectral.ipynb #31ec7c34
 @torch.no_grad()
 def fit_bases(
     stores:list[SpectralStore], # All measured
@@ -796,9 +841,9 @@ def plan(
             jobs.append((x, m.weight[:, :, ::m.stride], s.variance, s.analysis, s.synthesis, s.mean, bits[at:at + D].expand(len(x), -1)))
             at += D
         m.states = None
-    quantizers = [Quantizer(*o) for o in together(lambda x, w, *a: vars(Quantizer.fit(x, w, Spectrum(*a[:4]), a[4])).values(), *zip(*jobs))]
+    quantizers = [Quantizer(*o) for o in together(lambda x, w, *a: vars(Quantizer.fit(x.float(), w, Spectrum(*a[:4]), a[4])).values(), *zip(*jobs))]
     for i, o in enumerate(stores): o.measured.quantizers, o.measured.layouts = quantizers[2 * i:2 * i + 2], layouts[2 * i:2 * i + 2]
-    soft = [o.measured for o in stores if o.measured.sample is not None and o.measured.sample.softcap is None]
+    soft = [o.measured for o in stores if not o.measured.hard]
     if soft:
         for m, loss in zip(soft, together(lambda *a: vars(Loss.fit(*a)).values(), [m.quantizers[0].lost for m in soft], [m.sensitivity.queries for m in soft])): m.loss = Loss(*(t.clone() for t in loss))
 
@@ -809,7 +854,7 @@ def settle(
     last = [o.segments[-1] for o in stores]
     for s, limits in zip(last, torch.stack([s.limits.to(last[0].limits.device) for s in last]).tolist()): s.limits = tuple(limits)
 
-# %% ../nbs/02b_spectral.ipynb #36238862
+# %% ../nbs/02b_spectral.ipynb #ea65d5c4
 @torch.no_grad()
 def code_pages(
     stores:list[SpectralStore], # With as many tokens, and bases of one shape but for ranks
@@ -821,8 +866,9 @@ def code_pages(
     last, table, n = [o.segments[-1] for o in stores], stores[0].table, key_states.shape[3]
     w = None if weight is None else (weight[..., None] > 0).float()
     cos, sin = anchor_angles(len(stores[0]), n, table, key_states.device)
-    keys, key_errors = code_together([s.keys for s in last], turn(key_states, cos, -sin, table.interleaved), w)
-    values, value_errors = code_together([s.values for s in last], value_states.float(), w)
+    kernel = stores[0].config.kernel != "torch"
+    keys, key_errors = code_together([s.keys for s in last], key_states, w, (cos, sin, table.interleaved), kernel)
+    values, value_errors = code_together([s.values for s in last], value_states, w, None, kernel)
     return list(zip(keys, values)), torch.stack([key_errors, value_errors], -1)
 
 def add_pages(

@@ -6,7 +6,7 @@
 __all__ = ['MISTRAL_7B', 'TINY', 'GPU_JOBS', 'BENCHES', 'graph_us', 'copy_bandwidth', 'coded_layer', 'dense_us',
            'bench_attention', 'clocks', 'random_model', 'filled_cache', 'decode_ms', 'bench_decode', 'bench_encode']
 
-# %% ../nbs/14b_speed.ipynb #9da309bb
+# %% ../nbs/14b_speed.ipynb #8cb5a9f5
 import copy
 import subprocess
 import warnings
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, StaticCache
 
-from . import attention, kernels
+from . import attention, encode_kernels, kernels
 from .bench import BENCHES, timed_ms
 from .cache import SpectralCache, SpectralLayer, fit_layers
 from .codec import SpectralConfig

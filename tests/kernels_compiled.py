@@ -9,7 +9,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernel_cases import CASES, case
-from spectral_nb import kernels
+from spectral_nb import encode_kernels, kernels
+from spectral_nb.spectral import analysis_together, anchor_angles
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -41,12 +42,18 @@ class Compiled:
 
 
 for name in ("prepare", "decode", "decode_gemv", "merge"): setattr(kernels, name, Compiled(getattr(kernels, name)))
+encode_kernels.encode = Compiled(encode_kernels.encode)
 for name in sys.argv[2:] or CASES:
     for arch, tuning in ((75, kernels.T4), (80, kernels.Tuning()), (90, kernels.Tuning())):
         layer, q, k, v, mask, softcap = case(**CASES[name])
-        if arch == 75 and (q.dtype == torch.bfloat16 or q.shape[-1] > 128): continue # no such type there; refused by `unsupported`
         Compiled.arch, Compiled.case = arch, name
+        if arch != 75 or q.dtype != torch.bfloat16:
+            store, half = layer.cold, torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16
+            cos, sin = anchor_angles(0, len(store), store.table, q.device)
+            for c, x, turned in ((store.segments[-1].keys, store.key_states(), encode_kernels.factors((cos, sin, store.table.interleaved), q.shape[-1])), (store.segments[-1].values, store.value_states(), None)):
+                encode_kernels.launch(x.to(half), analysis_together([c])[1][:, :, 0].mT, c.offset, c, turned is None, None if mask is None else torch.ones(len(q), 1, x.shape[2], 1), turned, arch == 75)
+        if arch == 75 and (q.dtype == torch.bfloat16 or q.shape[-1] > 128): continue # no such type there; refused by `unsupported`
         kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, tuning)
 for r in Compiled.rows:
-    if r["arch"] == 75: assert r["shared"] <= 48 * 1024, r
+    if r["arch"] == 75 or r["kernel"] == "encode": assert r["shared"] <= 48 * 1024, r
     assert r["stack"] <= (768 if r["arch"] == 75 else 256), r # spilled bytes a thread

@@ -29,6 +29,40 @@ def test_numbers_in_the_interpreter(kind, part):
 
 
 @needs_triton
+@pytest.mark.parametrize("part", range(2))
+def test_codes_in_the_interpreter(part):
+    "The encoding kernel's are PyTorch's, but for coefficients within 1e-3 of a cell's edge."
+    names = [*NAMES, "pocket"][part::2]
+    assert len(run("encode_interpreted.py", *names, TRITON_INTERPRET="1").splitlines()) == len(names)
+
+
+@needs_triton
+@pytest.mark.parametrize("fault", ["codes", "offset", "launch"])
+def test_a_wrong_encoding_kernel_is_never_used(monkeypatch, fault):
+    "Wrong codes, wrong sums or a failing launch: one warning, and PyTorch's codes."
+    from spectral_nb import encode_kernels
+    from spectral_nb.spectral import Coded
+    with monkeypatch.context() as m:
+        m.setattr(Coded, "kernel", None)
+        want, *_ = case(T=500)
+        for _ in range(130): want.append(*(t[:, :, :1] for t in want.hot.states()))
+    def launch(x, analysis, offset, coded, *args, **kw):
+        if fault == "launch": raise RuntimeError("no such instruction")
+        B, H, n, D = x.shape
+        shape = B, H, n // 128, -(-coded.layout.nbytes // 4) * 4 * 128
+        return torch.randint(0, 256, shape, dtype=torch.uint8) if fault == "codes" else torch.zeros(shape, dtype=torch.uint8), torch.ones(B, H, n // 32, D), torch.ones(B, H, n // 32)
+    encoder = encode_kernels.Encoder()
+    monkeypatch.setattr(encode_kernels, "launch", launch)
+    monkeypatch.setattr(encoder, "can", lambda x, layout: x.device not in encoder.failed)
+    monkeypatch.setattr(Coded, "kernel", encoder)
+    with pytest.warns(UserWarning, match="encoding kernel failed.*by PyTorch") as said:
+        got, *_ = case(T=500)
+        for _ in range(130): got.append(*(t[:, :, :1] for t in got.hot.states()))
+    assert len(said) == 1 and len(got.cold) == len(want.cold)
+    for a, b in zip(got.get_kv(), want.get_kv()): assert torch.equal(a, b)
+
+
+@needs_triton
 @pytest.mark.parametrize("names", [["group4", "group16"], ["dim256"], ["padded", "softcap"]])
 def test_builds_for_three_architectures(names, tmp_path):
     "sm_75 stays within 48 KB of shared memory; no kernel spills more than 256 bytes a thread, or 768 there."

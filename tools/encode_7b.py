@@ -21,7 +21,7 @@ DEVICE, TOKENS = "cuda" if CUDA else "cpu", 1024 if SMALL else 8192
 SHAPE = dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
 if SMALL: SHAPE |= dict(vocab_size=1000, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
 STAGES = [(cache.SpectralCache, "fit", "all of the encoding"), (attention, "sample_queries", "sample queries, Gram of o_proj"), (cache, "check_finite", "finite?"),
-          (spectral, "sensitivity", "sensitivity"), (spectral.SpectralStore, "measure", "  with turned sample"), (cache, "fit_bases", "bases (decorrelate)"),
+          (spectral, "sensitivity", "sensitivity"), (cache, "measure_together", "  with turned sample"), (cache, "fit_bases", "bases (decorrelate)"),
           (spectral, "decorrelate", "  decorrelate alone"), (cache, "allocate", "allocate (CPU)"), (cache, "plan", "steps, quantizers, loss"),
           (spectral, "best_step", "  step search alone"), (spectral.SpectralStore, "start", "code all tokens"), (spectral, "to_anchor", "  turn keys"),
           (spectral.Layout, "pack", "  pack"), (cache.HotTier, "to_int8", "hot tokens to int8"), (cache, "settle", "read limits")]

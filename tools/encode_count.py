@@ -39,7 +39,7 @@ class Counter(TorchDispatchMode):
             packet = func._overloadpacket
             flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out) if packet in flop_registry else 0
             moved = sum(t.numel() * t.element_size() for t in ins + outs)
-            self.names[self.stages[-1], func._schema.name] += 1
+            self.names[self.stages[-1], func._schema.name] += moved / 1e9 if "--bytes" in sys.argv else 1
             for stage in set(self.stages):
                 r = self.rows[stage]
                 r["ops"] += 1; r["flops"] += flops; r["bytes"] += moved; r["us"] += max(HOST_US, 1e6 * max(moved / BANDWIDTH, flops / FLOPS))
@@ -78,6 +78,7 @@ def unread():
     "What a GPU would do otherwise: its choices of dtypes and sizes, and reads of the device, which have no answer here."
     FakeTensor.is_cuda = property(lambda self: True)
     spectral.together = partial(spectral.together, most=2 ** 23)
+    cache.measure_together = partial(cache.measure_together, most=2 ** 25)
     cache.allocate, cache.check_finite = given, lambda parts: None
     cache.settle = lambda stores: [setattr(o.segments[-1], "limits", (1e9, 1e9)) for o in stores]
     def add_pages(stores, pages, errors):
@@ -93,8 +94,8 @@ def unread():
 def count(tokens, layers, batch=1, hidden=4096, intermediate=14336, heads=32, kv_heads=8, head_dim=128):
     "Rows for dense prefill, prefill with coding, and the step that codes a page."
     config = MistralConfig(vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, sliding_window=None, max_position_embeddings=131072)
-    unread()
     out = {}
+    unread()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         old = torch.get_default_dtype()
@@ -131,7 +132,7 @@ def main():
                    dense_peak_at=got["dense"].at, spectral_peak_at=got["spectral"].at, page_mib=round(got["page"].peak / mib, 1))
     rows = [dict(stage=label, ops=r["ops"], gflop=round(r["flops"] / 1e9, 1), gb=round(r["bytes"] / 1e9, 2), estimated_ms=round(r["us"] / 1e3, 2)) for c in (got["spectral"], got["page"]) for label, r in c.rows.items()]
     for r in [summary, *rows]: print(r, flush=True)
-    if "--names" in sys.argv: print(*(f"{n:6} {stage}: {name}" for c in (got["spectral"], got["page"]) for (stage, name), n in c.names.most_common() if stage != "all" or c is got["page"]), sep="\n")
+    if "--names" in sys.argv: print(*(f"{n:8.2f} {stage}: {name}" for c in (got["spectral"], got["page"]) for (stage, name), n in c.names.most_common() if stage != "all" or c is got["page"]), sep="\n")
     path = next((p for p in sys.argv[1:] if not p.startswith("-")), None)
     if path: open(path, "w").write(json.dumps(dict(**stamp(" ".join(["python", "tools/encode_count.py", *sys.argv[1:]])), summary=summary, rows=rows), indent=1) + "\n")
 

@@ -1,0 +1,66 @@
+"Run by test_kernels.py with TRITON_INTERPRET=1: the encoding kernel against PyTorch, later pages and prompts, every layout and head_dim that kernel_cases.py knows."
+import sys
+import warnings
+import torch
+from kernel_cases import CASES, case
+from transformers import DynamicCache
+from spectral_nb import spectral
+from spectral_nb.cache import SpectralLayer
+from spectral_nb.codec import SpectralConfig
+from spectral_nb.encode_kernels import encoder
+from spectral_nb.rope import rope_table
+from spectral_nb.spectral import Coded, code_pages, from_pages
+
+warnings.simplefilter("error", UserWarning)
+
+
+def compare(got, want, layout, by_byte, edge):
+    "Codes are equal but for coefficients within 1e-3 of a cell's edge."
+    a, b = (layout.combine(layout.unpack(from_pages(p, layout.nbytes, by_byte))) for p in (got, want))
+    differ = a != b
+    assert not differ.any() or (edge[differ].abs().max() < 1e-3 and (a - b).abs().max() <= 1), (differ.sum(), edge[differ].abs().max())
+    return differ.sum().item()
+
+
+def edges(coded, x, angles):
+    "How far each coefficient is from the edge of a cell."
+    if angles is not None: x = spectral.turn(x, angles[0], -angles[1], angles[2])
+    y = (x.float() - coded.offset) @ spectral.analysis_together([coded])[1][:, :, 0].mT[..., :coded.layout.rank]
+    return (y + .5 - torch.round(y + .5))
+
+
+@torch.no_grad()
+def pocket_layer(tokens=700):
+    "The middle layer of the pocket model, which has read a text, and the text's later states."
+    from spectral_nb.pocket import haystack, load_pocket
+    model, tok = load_pocket()[:2]
+    cache = DynamicCache(config=model.config)
+    model(tok(haystack("tune")[0], return_tensors="pt").input_ids[:, :tokens + 128], past_key_values=cache, logits_to_keep=1)
+    layer, held = SpectralLayer(SpectralConfig(bits=2.), rope_table(model.config)), cache.layers[3]
+    layer.append(held.keys[:, :, :tokens], held.values[:, :, :tokens])
+    n = len(layer.cold)
+    return layer, *(s[:, :, n:n + 128, :] for s in (held.keys, held.values))
+
+
+for name in sys.argv[1:] or [*CASES, "pocket"]:
+    Coded.kernel = None
+    make = pocket_layer if name == "pocket" else lambda: case(**CASES[name])
+    layer, *later = make()
+    store, (B, H, _, D) = layer.cold, layer.landmark_keys.shape
+    gen = torch.Generator().manual_seed(1)
+    keys, values = later[:2] if name == "pocket" else (torch.randn(B, H, 128, D, generator=gen) * s.std(2, keepdim=True) + s.mean(2, keepdim=True) for s in (store.key_states(), store.value_states()))
+    keys, values = (x.to(layer.dtype)[:, :, None] for x in (keys, values))
+    weight = None if CASES.get(name, {}).get("padding") is None else (torch.rand(B, 1, 1, 128, generator=gen) > .3).float()
+    want, errors = code_pages([store], keys, values, weight)
+    Coded.kernel = encoder
+    got, mine = code_pages([store], keys, values, weight)
+    assert not encoder.failed and len(encoder.trusted) == 2
+    torch.testing.assert_close(mine, errors, rtol=1e-3, atol=1e-6)
+    last, angles = store.segments[-1], (*spectral.anchor_angles(len(store), 128, store.table, keys.device), store.table.interleaved)
+    n = sum(compare(g, w, c.layout, c.by_byte, edges(c, x[:, :, 0], a)) for g, w, c, x, a in zip(got[0], want[0], (last.keys, last.values), (keys, values), (angles, None)))
+    again, *_ = make() # the prompt by the kernel
+    states = [[s.float() for s in o.get_kv()] for o in (layer, again)]
+    error = max(((a - b).norm() / a.norm()).item() for a, b in zip(*states))
+    assert error < 5e-3 and len(encoder.trusted) == 4 and not encoder.failed, error
+    print(name, [(s.keys.layout.bits, s.values.layout.bits) for s in store.segments], n, f"{error:.1e}", flush=True)
+    encoder.trusted.clear()
