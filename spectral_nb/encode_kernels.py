@@ -165,7 +165,7 @@ def launch(
             H=H, D=D, DP=1 << (D - 1).bit_length(), T=T, NB=BYTES, TURN=angles is not None, BY_BYTE=coded.by_byte, WEIGHTED=weight is not None, num_warps=8 if small else 4, num_stages=1)
     return out, sums, lost
 
-# %% ../nbs/05c_encode_kernels.ipynb #c88f1526
+# %% ../nbs/05c_encode_kernels.ipynb #4d233f45
 class Encoder:
     "Codes states by the kernel where it can, and where it agrees with PyTorch."
     def __init__(self): self.trusted, self.failed = set(), set()
@@ -175,7 +175,9 @@ class Encoder:
         layout:Layout,
     ) -> bool:
         "Whether the kernel takes these states."
-        return triton is not None and (x.is_cuda or interpreted()) and x.device not in self.failed and layout.rank > 0 and x.shape[-1] % 16 == 0 and x.shape[-1] <= 256 and x.stride(-1) == 1
+        D = x.shape[-1]
+        if triton is None or not (x.is_cuda or interpreted()) or x.device in self.failed or not layout.rank or D % 16 or D > 256 or x.stride(-1) != 1: return False
+        return D <= 128 or not tuning_for(x.device).gemv # a T4 would keep products in slow memory
 
     def run(self,
         x:Tensor, # `[B, H, n, D]`

@@ -46,13 +46,12 @@ encode_kernels.encode = Compiled(encode_kernels.encode)
 for name in sys.argv[2:] or CASES:
     for arch, tuning in ((75, kernels.T4), (80, kernels.Tuning()), (90, kernels.Tuning())):
         layer, q, k, v, mask, softcap = case(**CASES[name])
-        Compiled.arch, Compiled.case = arch, name
-        if arch != 75 or q.dtype != torch.bfloat16:
-            store, half = layer.cold, torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16
-            cos, sin = anchor_angles(0, len(store), store.table, q.device)
-            for c, x, turned in ((store.segments[-1].keys, store.key_states(), encode_kernels.factors((cos, sin, store.table.interleaved), q.shape[-1])), (store.segments[-1].values, store.value_states(), None)):
-                encode_kernels.launch(x.to(half), analysis_together([c])[1][:, :, 0].mT, c.offset, c, turned is None, None if mask is None else torch.ones(len(q), 1, x.shape[2], 1), turned, arch == 75)
-        if arch == 75 and (q.dtype == torch.bfloat16 or q.shape[-1] > 128): continue # no such type there; refused by `unsupported`
+        if arch == 75 and (q.dtype == torch.bfloat16 or q.shape[-1] > 128): continue # no such type there; refused by `unsupported` and `Encoder.can`
+        Compiled.arch, Compiled.case, store = arch, name, layer.cold
+        cos, sin = anchor_angles(0, len(store), store.table, q.device)
+        for c, x, turned in ((store.segments[-1].keys, store.key_states(), encode_kernels.factors((cos, sin, store.table.interleaved), q.shape[-1])), (store.segments[-1].values, store.value_states(), None)):
+            x = x.to(torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16)
+            encode_kernels.launch(x, analysis_together([c])[1][:, :, 0].mT, c.offset, c, turned is None, None if mask is None else torch.ones(len(q), 1, x.shape[2], 1), turned, arch == 75)
         kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, tuning)
 for r in Compiled.rows:
     if r["arch"] == 75 or r["kernel"] == "encode": assert r["shared"] <= 48 * 1024, r
