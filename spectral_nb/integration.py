@@ -126,17 +126,18 @@ def storing():
     "No gradients, and no inference tensors."
     with torch.inference_mode(False), torch.no_grad(): yield
 
-# %% ../nbs/06_integration.ipynb #28119678
+# %% ../nbs/06_integration.ipynb #02c4933b
 def project(
     attn, # Attention module
     hidden_states:Tensor, # `[B, n, hidden]`
     linear=None, # `linear(module, x)`; default: call the module
 ) -> tuple[Tensor, Tensor, Tensor]: # Queries **pre-RoPE** `[B, heads, n, D]`, keys **pre-RoPE** and values `[B, kv_heads, n, D]`
     "Queries, keys and values of new tokens, normalised where the model does that."
-    linear = linear or (lambda m, x: m(x))
-    q, k, v = (linear(m, hidden_states).unflatten(-1, (-1, attn.head_dim)) for m in (attn.q_proj, attn.k_proj, attn.v_proj))
-    if hasattr(attn, "q_norm"): q, k = attn.q_norm(q), attn.k_norm(k)
-    return tuple(o.transpose(1, 2) for o in (q, k, v))
+    modules, (B, n), D = attn._modules, hidden_states.shape[:2], attn.head_dim
+    q, k, v = ((m(hidden_states) if linear is None else linear(m, hidden_states)).view(B, n, -1, D) for m in (modules["q_proj"], modules["k_proj"], modules["v_proj"]))
+    if "q_norm" in modules: q, k = modules["q_norm"](q), modules["k_norm"](k)
+    if n == 1: return tuple(o.view(B, -1, 1, D) for o in (q, k, v)) # contiguous
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 # %% ../nbs/06_integration.ipynb #de438c4b
 def rotate(
@@ -167,7 +168,7 @@ def keep_mask(
     mask = mask[..., -n:, -kv:].bool()
     return mask if own is None else mask & own
 
-# %% ../nbs/06_integration.ipynb #1d3bfcd7
+# %% ../nbs/06_integration.ipynb #be8e9d2c
 class SpectralPatch:
     "What `patch_unsloth_attention` put into one model."
     def __init__(self,
@@ -179,7 +180,7 @@ class SpectralPatch:
         debug_logging:bool=False, # Log every call of every layer, and keep a trace
         verbose:bool=False, # Print what was patched, and a line after each `generate`
     ):
-        self.model, self.saved, self.given, self.filling, self.rows, self.step_rows, self.turn_in_place = model, [], None, None, None, None, None
+        self.model, self.saved, self.given, self.filling, self.rows, self.step_rows, self.step_mask, self.turn_in_place = model, [], None, None, None, None, None, None
         self.text, self.route = model.config.get_text_config(decoder=True), model_route(model)
         self.table, self.checked, self.forwards, self.report = rope_table(self.text), False, 0, None
         self.watching, self.last, self.plan, self.linear, self.layer_weights = False, None, None, None, None
@@ -249,18 +250,19 @@ def attend_function(
     say("attention of decode steps: Triton kernel where the device can, else PyTorch")
     return kernel
 
-# %% ../nbs/06_integration.ipynb #643493ef
+# %% ../nbs/06_integration.ipynb #a3b2e445
 @patch
 def count(self:SpectralPatch,
     idx:int, # Layer
     tokens:int, # New tokens
-    length:int, # Tokens that the layer holds now
+    layer, # Of the cache, after the call
     decode:bool,
     by:str, # What brought it here
 ):
     "One call of one layer."
     (self.decode if decode else self.prefill)[idx] += 1
     if self.debug_logging:
+        length = layer.get_seq_length()
         self.trace.append(dict(phase="decode" if decode else "prefill", layer=idx, tokens=tokens, length=length, by=by))
         log.debug("%s layer %d: %d new tokens, %d held, by %s", "decode" if decode else "prefill", idx, tokens, length, by)
 
@@ -277,7 +279,7 @@ def rope_rows(self:SpectralPatch,
         self.rows, self.step_rows = (position_ids, *(torch.cat([o, o], -1)[:, None] * self.table.scaling for o in table(p))), None
     return self.rows[1:]
 
-# %% ../nbs/06_integration.ipynb #0c895349
+# %% ../nbs/06_integration.ipynb #a07bd532
 @patch
 def turn(self:SpectralPatch,
     q:Tensor, # **pre-RoPE** `[B, heads, n, D]`
@@ -286,13 +288,21 @@ def turn(self:SpectralPatch,
 ) -> tuple[Tensor, Tensor]: # **post-RoPE**
     "Turn queries and keys of new tokens."
     B, n = len(q), q.shape[2]
-    if self.turn_in_place is not None and n == 1 and q.is_cuda:
+    if self.turn_in_place is not None and n == 1:
         if self.step_rows is None: # a table with one row for each row of the batch; the kernel wants two rows at least
             self.step_rows = *(o[:, 0, 0].to(q.dtype).expand(max(B, 2), -1).contiguous() for o in rows), torch.arange(B, dtype=torch.int32, device=q.device)
         if self.turn_in_place(q, k, *self.step_rows): return q, k
     return rotate(torch.cat([q, k], 1), *rows).split([q.shape[1], k.shape[1]], 1)
 
-# %% ../nbs/06_integration.ipynb #aead5936
+# %% ../nbs/06_integration.ipynb #416b4954
+@patch
+def mask_of(self:SpectralPatch, mask, n:int, kv:int, window:int|None=None, device=None): # As `keep_mask`
+    "The mask of a call, made once for all layers of a kind."
+    held = self.step_mask
+    if held is None or held[0] is not mask or held[1] != (n, kv, window, device): held = self.step_mask = mask, (n, kv, window, device), keep_mask(mask, n, kv, window, device)
+    return held[2]
+
+# %% ../nbs/06_integration.ipynb #6c9a506a
 @patch
 def attention(self:SpectralPatch,
     attn, # Attention module
@@ -303,25 +313,28 @@ def attention(self:SpectralPatch,
     linear=None, # See `project`
 ) -> Tensor: # `[B, n, hidden]`
     "Attention of new tokens to a layer, in compressed form; stores the new tokens."
-    n, layer, softcap = hidden_states.shape[1], states.layer, getattr(attn, "attn_logit_softcapping", None)
+    n, layer, softcap = hidden_states.shape[1], states.layer, vars(attn).get("attn_logit_softcapping")
     q, k, v = project(attn, hidden_states, linear)
     rows = self.rope_rows(position_ids, n)
     q, k = self.turn(q, k, rows)
     self.observe(attn, layer, hidden_states, rows)
-    kv, device = layer.get_seq_length() + n, q.device
     if isinstance(layer, SpectralLayer) and self.use_spectral_attention:
-        out, received = self.attend(layer, q, k, v, keep_mask(mask, n, kv, device=device), attn.scaling, softcap)
-        with storing():
-            weighted = layer.config.use_attention_weighted_svd
-            if weighted: layer.update_attention_importance(received[:, :, :layer.hot_length])
-            layer.append(k, v, received=received[:, :, layer.hot_length:] if weighted else None)
+        out, received = self.attend(layer, q, k, v, None if mask is None and n == 1 else self.mask_of(mask, n, layer.get_seq_length() + n, device=q.device), attn.scaling, softcap)
+        if not (stored := getattr(self.attend, "stored", None)) or not stored(layer, k):
+            with storing():
+                weighted = layer.config.use_attention_weighted_svd
+                if weighted: layer.update_attention_importance(received[:, :, :layer.hot_length])
+                layer.append(k, v, received=received[:, :, layer.hot_length:] if weighted else None)
     else:
+        kv = layer.get_seq_length() + n
         with storing(): keys, values = layer.update(k, v)
         window = None if isinstance(layer, SpectralLayer) else layer.sliding_window
-        keep = keep_mask(mask, n, kv, window, device)
+        keep = self.mask_of(mask, n, kv, window, q.device)
         out = dense_attention(attn, q, keys, values, None if keep is None else keep[..., -keys.shape[2]:], attn.scaling, softcap)
     for f in LISTENERS: f(attn, q, out, attn.scaling, softcap)
-    return (linear or (lambda m, x: m(x)))(attn.o_proj, out.flatten(2).to(hidden_states.dtype))
+    out = out.flatten(2)
+    if out.dtype != hidden_states.dtype: out = out.to(hidden_states.dtype)
+    return attn.o_proj(out) if linear is None else linear(attn.o_proj, out)
 
 # %% ../nbs/06_integration.ipynb #72f7cbd8
 def some_queries(
@@ -413,7 +426,7 @@ def check_rope(self:SpectralPatch, attn, hidden_states:Tensor, key_states:Tensor
                                            "what its config says. Call unpatch_unsloth_attention(model), and report the model and the version of Unsloth")
     self.checked = True
 
-# %% ../nbs/06_integration.ipynb #19e1efdb
+# %% ../nbs/06_integration.ipynb #adf24c13
 def _attention_hook(self, *args, **kwargs):
     "Stands for `forward` of an attention module on Unsloth's fast path."
     patched, stock = self._spectral
@@ -421,14 +434,14 @@ def _attention_hook(self, *args, **kwargs):
     if isinstance(past, LayerStates):
         mask = kwargs.get("causal_mask") if isinstance(kwargs.get("causal_mask"), Tensor) else kwargs.get("attention_mask")
         out = patched.attention(self, past, hidden, kwargs.get("position_ids"), mask)
-        patched.count(self.layer_idx, hidden.shape[1], past.layer.get_seq_length(), hidden.shape[1] == 1, f"{type(self).__name__}.forward")
+        patched.count(self.layer_idx, hidden.shape[1], past.layer, hidden.shape[1] == 1, f"{type(self).__name__}.forward")
         return out, None, past
     out = stock(*args, **kwargs)
     cache = patched.filling
     if cache is None or not kwargs.get("use_cache"): return out
     mask = kwargs.get("causal_mask") if isinstance(kwargs.get("causal_mask"), Tensor) else kwargs.get("attention_mask")
     patched.store_prompt(self, cache.layers[self.layer_idx], hidden, *out[2], kwargs.get("position_ids"), mask)
-    patched.count(self.layer_idx, hidden.shape[1], cache.layers[self.layer_idx].get_seq_length(), False, f"{type(self).__name__}.forward")
+    patched.count(self.layer_idx, hidden.shape[1], cache.layers[self.layer_idx], False, f"{type(self).__name__}.forward")
     return *out[:2], cache[self.layer_idx]
 
 # %% ../nbs/06_integration.ipynb #cce66c78
@@ -492,13 +505,13 @@ def decode_forward(
     if "Model" in global_name: return clone_with(f, **{global_name: loop()})
     return L.CausalLM_fast_forward(clone_with(f, **{global_name: decode_attention}))
 
-# %% ../nbs/06_integration.ipynb #f9de5f6a
+# %% ../nbs/06_integration.ipynb #402bb276
 def _decode_attention(self, hidden_states, past_key_value, position_ids, attention_mask=None, **kwargs):
     "Stands for Unsloth's decode attention, one new token in each row (plan A)."
     patched, _ = self._spectral
     if position_ids.ndim == 1: position_ids = position_ids[:, None]
     out = patched.attention(self, past_key_value, hidden_states, position_ids, attention_mask, patched.linear)
-    patched.count(self.layer_idx, 1, past_key_value.layer.get_seq_length(), True, "decode attention of Unsloth's loop")
+    patched.count(self.layer_idx, 1, past_key_value.layer, True, "decode attention of Unsloth's loop")
     return out, past_key_value
 
 # %% ../nbs/06_integration.ipynb #ed18f6ac
@@ -516,7 +529,7 @@ def _dense_past(past):
 DENSE_PAST = ("past_key_values holds {n} that were computed without compression; pass past_key_values=None, or the cache that a patched model returned, "
               "or call unpatch_unsloth_attention(model)")
 
-# %% ../nbs/06_integration.ipynb #b03652f4
+# %% ../nbs/06_integration.ipynb #99c31bd4
 @patch
 def call(self:SpectralPatch,
     run, # Runs the model
@@ -532,12 +545,12 @@ def call(self:SpectralPatch,
         if layer.get_seq_length() not in (old + tokens, tokens):
             raise RuntimeError(f"layer {i} holds {layer.get_seq_length()} tokens after {tokens} new ones, and held {old} before: {'decoding' if tokens == 1 else 'the prompt'} did not reach the spectral cache. "
                                "The output would not be that of a compressed model. Call unpatch_unsloth_attention(model), and report the model and the versions of Unsloth and transformers")
-        if self.route != "fast": self.count(i, tokens, layer.get_seq_length(), tokens == 1 and old > 0, type(layer).__name__ + ".update")
+        if self.route != "fast": self.count(i, tokens, layer, tokens == 1 and old > 0, type(layer).__name__ + ".update")
         elif self.prefill[i] + self.decode[i] != reached[i] + 1:
             raise RuntimeError(f"attention of layer {i} ran {self.prefill[i] + self.decode[i] - reached[i]} times in one call of the model, expected once")
     return out
 
-# %% ../nbs/06_integration.ipynb #44f2d96e
+# %% ../nbs/06_integration.ipynb #fdeec177
 def _fast_forward(self, *args, **kwargs):
     "Stands for `forward` of a model on Unsloth's fast path."
     patched, stock = self._spectral
@@ -570,7 +583,7 @@ def _fast_forward(self, *args, **kwargs):
             if patched.plan == "A": run = lambda: patched.decode_forward(self, **kwargs)
             else: kwargs |= dict(input_ids=None, inputs_embeds=self.get_input_embeddings()(ids))
     try: out = patched.call(run, cache, n)
-    finally: patched.filling = patched.rows = patched.step_rows = patched.default_positions = None
+    finally: patched.filling = patched.rows = patched.step_rows = patched.step_mask = patched.default_positions = None
     out.past_key_values = cache
     return out.to_tuple() if as_tuple else out
 
@@ -697,7 +710,7 @@ def hook(self:SpectralPatch, module, f):
     self.set(module, "_spectral", (self, stock))
     self.set(module, slot, stand_in(stock, f, module))
 
-# %% ../nbs/06_integration.ipynb #0aa98f22
+# %% ../nbs/06_integration.ipynb #722d6cc3
 @patch
 def install(self:SpectralPatch):
     "Put the hooks in."
@@ -710,7 +723,7 @@ def install(self:SpectralPatch):
         if moved: log.warning("decode runs through plan B (correct, but without Unsloth's own decode loop), because of changes in Unsloth: %s", "; ".join(moved))
         if self.plan == "A":
             L = importlib.import_module("unsloth.models.llama")
-            self.linear, self.turn_in_place = (getattr(L, name, None) for name in ("fast_linear_forward", "decode_rope_inplace"))
+            self.linear, self.turn_in_place = getattr(L, "fast_linear_forward", None), getattr(L, "decode_rope_inplace", None) if next(model.parameters()).is_cuda else None
             self.decode_forward = decode_forward(self.text.model_type, _decode_attention)
         for layer in model.model.layers: self.hook(layer.self_attn, _attention_hook)
         self.hook(model, _fast_forward)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['scratch', 'T4', 'counters', 'Steps', 'steps_of', 'thread_order', 'prepare', 'decode', 'decode_gemv', 'merge',
            'LayoutTables', 'layout_tables', 'rotary_pairs', 'anchor_table', 'Scratch', 'Tuning', 'interpreted',
-           'tuning_for', 'marked_pages', 'unsupported', 'places', 'Launch', 'run_launches', 'aligned', 'plan_launches',
-           'decode_attention', 'write_hot', 'attend', 'TritonSpectralConfig']
+           'tuning_for', 'marked_pages', 'unsupported', 'places', 'Launch', 'run_launches', 'Kept', 'aligned',
+           'plan_launches', 'decode_attention', 'has_written', 'write_hot', 'stored', 'attend', 'TritonSpectralConfig']
 
 # %% ../nbs/05_kernels.ipynb #c05d853f
 import logging
@@ -590,7 +590,7 @@ class Scratch:
 
 scratch = Scratch()
 
-# %% ../nbs/05_kernels.ipynb #eb9f3174
+# %% ../nbs/05_kernels.ipynb #fb061711
 @dataclass(frozen=True)
 class Tuning:
     "Sizes of programs. The defaults were measured on an H100 (`nbs/results/bench_attention.json`)."
@@ -613,6 +613,7 @@ def interpreted() -> bool: # Triton runs its kernels as NumPy
     "Whether `TRITON_INTERPRET=1` was set when this module was imported."
     return triton is not None and not isinstance(_write, triton.runtime.JITFunction)
 
+@lru_cache
 def tuning_for(
     device:torch.device,
 ) -> Tuning:
@@ -620,13 +621,16 @@ def tuning_for(
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0): return T4
     return Tuning()
 
-# %% ../nbs/05_kernels.ipynb #3e5fbc48
+# %% ../nbs/05_kernels.ipynb #fbabce48
 def _power(n): return 1 << max(0, n - 1).bit_length()
 
 def _ceil(a, b): return -(-a // b)
 
 @lru_cache
-def _number(n:int, device:torch.device): return torch.tensor([n], dtype=torch.int32, device=device)
+def _numbers(device:torch.device): return torch.arange(1024, dtype=torch.int32, device=device)[:, None].repeat(1, 4) # each at an address that 16 divides
+
+@lru_cache(maxsize=2048)
+def _number(n:int, device:torch.device): return _numbers(device)[n] if n < 1024 else torch.tensor([n], dtype=torch.int32, device=device)
 
 def key_norm(
     keys:Coded,
@@ -665,26 +669,32 @@ def unsupported(
     if not all(s.keys.layout.rank and s.values.layout.rank for s in layer.cold.segments): return "no component is kept"
     return None
 
-# %% ../nbs/05_kernels.ipynb #9d1a7262
-_plans, _lock = weakref.WeakKeyDictionary(), threading.Lock()
-
-# %% ../nbs/05_kernels.ipynb #3cc646cf
+# %% ../nbs/05_kernels.ipynb #9ab8a6cc
 def places(
     layer:SpectralLayer,
-) -> tuple: # Addresses and lengths
-    "Where all that the kernels read of a layer lies: as long as this is the same, so are the launches."
-    tensors = [layer.hot.keys, layer.hot.values, layer.hot.keys_scale, layer.hot.values_scale, layer.landmark_keys, layer.landmark_values, layer.landmark_slots]
+) -> list[Tensor]:
+    "All that the kernels read of a layer: as long as these are the same objects, its launches can be called again."
+    hot, out = layer.hot, [layer.landmark_keys, layer.landmark_values, layer.landmark_slots]
+    out += hot.keys, hot.values, hot.keys_scale, hot.values_scale
     for s in layer.cold.segments:
-        for c in (s.keys, s.values): tensors += c.codes, c.basis, c.scale, c.offset
-        tensors += () if s.loss is None else (s.loss.directions, s.loss.rest)
-        tensors += () if s.key_norm is None else (s.key_norm,)
-    table = anchor_table(layer.table, len(layer.cold) // PAGE, layer.hot.keys.device)[0]
-    return tuple((t.data_ptr(), t.shape) for t in (*tensors, table))
+        k, v = s.keys, s.values
+        out += k.codes, k.basis, k.scale, k.offset, v.codes, v.basis, v.scale, v.offset
+        if s.loss is not None: out += s.loss.directions, s.loss.rest
+        if s.key_norm is not None: out.append(s.key_norm)
+    return out
 
 # %% ../nbs/05_kernels.ipynb #8a812ab8
 counters = weakref.WeakKeyDictionary() # int32 `[1]` by `HotTier`, for those whose steps are in a graph
 
-# %% ../nbs/05_kernels.ipynb #09d9610d
+# %% ../nbs/05_kernels.ipynb #8080912e
+_compiled = {}
+
+def _kind(a):
+    "What a compiled kernel depends on in an argument: type and alignment of a tensor, size and divisibility of a number."
+    if isinstance(a, Tensor): return a.dtype, a.data_ptr() % 16 == 0
+    return (type(a), a % 16 == 0, a == 1, a.bit_length() > 31) if isinstance(a, int) else type(a)
+
+# %% ../nbs/05_kernels.ipynb #e2c54aab
 @dataclass
 class Launch:
     "A kernel and all it is called with."
@@ -703,18 +713,22 @@ class Launch:
         stream:int|None=None,
     ):
         "Launch."
-        if self.kernel is None:
-            args = list(self.args)
-            for i, n in self.own: args[i] = step[n]
-            self.kernel = self.fn[self.grid](*args, **self.constants, **self.options)
-            if self.kernel is not None: # None: the interpreter
-                constants = [self.constants[n] for n in self.fn.arg_names[len(args):]]
-                self.plain, self.args = [a.data_ptr() if isinstance(a, Tensor) else a for a in args] + constants, None # keeps nothing alive
-            return
-        args = list(self.plain)
+        if self.kernel is None: return self.first(step, addresses, stream)
+        args, k = self.plain.copy(), self.kernel
         for i, n in self.own: args[i] = addresses[n]
-        k = self.kernel
         k.run(*self.grid, 1, stream, k.function, k.packed_metadata, None, None, None, *args)
+
+    def first(self, step, addresses, stream):
+        args = list(self.args)
+        for i, n in self.own: args[i] = step[n]
+        key = self.fn, step["key"].device, *self.constants.items(), *self.options.items(), *map(_kind, args)
+        kernel = _compiled.get(key)
+        known = kernel is not None
+        if not known: kernel = self.fn[self.grid](*args, **self.constants, **self.options)
+        if kernel is None: return # the interpreter
+        self.kernel, _compiled[key] = kernel, kernel
+        self.plain, self.args = [a.data_ptr() if isinstance(a, Tensor) else a for a in args] + [self.constants[n] for n in self.fn.arg_names[len(args):]], None # keeps nothing alive
+        if known: self(step, addresses, stream)
 
 def run_launches(
     launches:list[Launch],
@@ -722,17 +736,40 @@ def run_launches(
     device:torch.device,
 ):
     "All of them, on the current stream."
-    gpu = device.type == "cuda" and not interpreted()
-    with torch.cuda.device(device) if gpu else nullcontext():
-        stream = torch.cuda.current_stream(device).cuda_stream if gpu else None
-        addresses = {n: t.data_ptr() for n, t in step.items()}
+    addresses, stream, other = {n: t.data_ptr() for n, t in step.items()}, None, False
+    if device.type == "cuda" and not interpreted():
+        stream, other = torch._C._cuda_getCurrentRawStream(device.index), torch._C._cuda_getDevice() != device.index
+    with torch.cuda.device(device) if other else nullcontext():
         for l in launches: l(step, addresses, stream)
 
+# %% ../nbs/05_kernels.ipynb #b865263f
+_kept, _written, _lock = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary(), threading.Lock() # By layer or `HotTier`
+
+# %% ../nbs/05_kernels.ipynb #f0052cba
+class Kept:
+    "Launches, and what they were made for."
+    def __init__(self,
+        key:tuple, # Shapes, types and numbers
+        sources:list[Tensor], # Tensors that may be replaced
+        launches:list[Launch],
+    ):
+        self.key, self.sources, self.launches, self.version = key, [weakref.ref(t) for t in sources], launches, scratch.version
+        spare = {t.untyped_storage().data_ptr() for t in (*sources, *scratch.held.values())}
+        self.alive = [a for l in launches for i, a in enumerate(l.args) if isinstance(a, Tensor) and i not in dict(l.own) and a.untyped_storage().data_ptr() not in spare]
+
+    def fits(self, key:tuple, sources:list[Tensor]) -> bool:
+        "Whether all is as it was."
+        if self.key != key or self.version is not scratch.version or len(sources) != len(self.sources): return False
+        for r, t in zip(self.sources, sources):
+            if r() is not t: return False
+        return True
+
+# %% ../nbs/05_kernels.ipynb #767bb915
 def aligned(
     x:Tensor,
 ) -> Tensor:
     "Contiguous, at an address that 16 divides, as compiled kernels rely on."
-    x = x.contiguous()
+    if not x.is_contiguous(): x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 # %% ../nbs/05_kernels.ipynb #1f496d86
@@ -795,8 +832,17 @@ def plan_launches(
         first += pages
     return out
 
-# %% ../nbs/05_kernels.ipynb #869d0882
-@torch.no_grad()
+# %% ../nbs/05_kernels.ipynb #c273687d
+def _write_launch(tier:HotTier, step:dict[str, Tensor]):
+    B, H, _, D = step["key"].shape
+    args = [step["key"], step["value"], tier.keys, tier.values, tier.keys_scale, tier.values_scale, step["length"], tier.keys.shape[2]]
+    return Launch(_write, (B * H, 2), args, dict(D=D, DP=_power(D)), dict(num_warps=1), ((0, "key"), (1, "value"), (6, "length")))
+
+def _length(tier:HotTier, at:int, device): # Tokens before this one, on the device
+    if counters and tier in counters: return counters[tier]
+    return _number(at, device)
+
+# %% ../nbs/05_kernels.ipynb #c4e63544
 def decode_attention(
     layer:SpectralLayer, # Past tokens
     query_states:Tensor, # **post-RoPE** `[B, heads, 1, D]`
@@ -806,27 +852,35 @@ def decode_attention(
     scaling:float|None=None, # Factor on scores, default `D ** -0.5`
     softcap:float|None=None,
     tuning:Tuning|None=None, # Default: by the device
+    store:bool=False, # Write the token into the hot tier's next place, where it has one
 ) -> Tensor: # `[B, 1, heads, D]`, dtype of the query
     "One query's attention to a layer, by the kernels."
     dev, hot = query_states.device, layer.hot
     tuning = tuning or tuning_for(dev)
     B, heads, _, D = query_states.shape
-    length = counters[hot] if hot in counters else _number(len(hot), dev)
-    step = dict(query=aligned(query_states), key=aligned(key_states), value=aligned(value_states), out=torch.empty(B, 1, heads, D, dtype=query_states.dtype, device=dev), length=length)
+    step = dict(query=aligned(query_states), key=aligned(key_states), value=aligned(value_states), out=torch.empty(B, 1, heads, D, dtype=query_states.dtype, device=dev), length=_length(hot, hot.n, dev))
     step["mask"] = step["length"] if mask is None else mask
-    key = query_states.dtype, key_states.dtype, query_states.shape, scaling, softcap, tuning, mask is not None and (mask.stride(0), mask.data_ptr() % 16), places(layer)
+    store = store and hot.n < hot.keys.shape[2]
+    key = query_states.dtype, key_states.dtype, value_states.dtype, query_states.shape, key_states.shape, dev, scaling, softcap, tuning, mask is not None and (mask.stride(0), mask.data_ptr() % 16)
     with _lock: # launches of two threads must not mix: they share the scratch memory
-        held = _plans.get(layer)
-        if held is None or held[0] != key or held[1] is not scratch.version:
+        kept = _kept.get(layer)
+        if kept is None or not kept.fits(key, places(layer)):
             launches = plan_launches(layer, step, D ** -.5 if scaling is None else scaling, softcap, tuning, mask is not None)
-            held = _plans[layer] = (*key[:-1], places(layer)), scratch.version, launches
-        run_launches(held[2], step, dev)
+            kept = _kept[layer] = Kept(key, places(layer), [*launches, _write_launch(hot, step)])
+        run_launches(kept.launches if store else kept.launches[:-1], step, dev)
+    if store: _written[hot] = hot.n, weakref.ref(key_states), weakref.ref(hot.keys)
     return step["out"]
 
-# %% ../nbs/05_kernels.ipynb #b8b01056
-_writes = weakref.WeakKeyDictionary()
+# %% ../nbs/05_kernels.ipynb #90d16438
+def has_written(
+    tier:HotTier,
+    key_states:Tensor, # The very tensor that attention was given
+    at:int, # Where in the tier
+) -> bool:
+    "Whether `decode_attention` has put this token where it belongs."
+    held = _written.get(tier)
+    return held is not None and held[0] == at and held[1]() is key_states and held[2]() is tier.keys
 
-# %% ../nbs/05_kernels.ipynb #1dfba58f
 def write_hot(
     tier:HotTier, # int8, with room
     key_states:Tensor, # New key **post-RoPE** `[B, H, 1, D]`
@@ -835,22 +889,47 @@ def write_hot(
 ) -> bool: # Whether it was done
     "`HotTier.append` of one token in one launch."
     if triton is None or tier.keys_scale is None or not (key_states.is_cuda or interpreted()) or key_states.shape != value_states.shape: return False
-    B, H, _, D = key_states.shape
-    step = dict(key=aligned(key_states), value=aligned(value_states), at=counters[tier] if tier in counters else _number(at, key_states.device))
-    key = tier.keys.data_ptr(), tier.keys.shape, key_states.dtype
-    held = _writes.get(tier)
-    if held is None or held[0] != key:
-        args = step["key"], step["value"], tier.keys, tier.values, tier.keys_scale, tier.values_scale, step["at"], tier.keys.shape[2]
-        held = _writes[tier] = key, [Launch(_write, (B * H, 2), list(args), dict(D=D, DP=_power(D)), dict(num_warps=1), ((0, "key"), (1, "value"), (6, "at")))]
-    run_launches(held[1], step, key_states.device)
+    if has_written(tier, key_states, at): return True
+    step = dict(key=aligned(key_states), value=aligned(value_states), length=_length(tier, at, key_states.device))
+    key, sources = (key_states.dtype, value_states.dtype, key_states.shape), [tier.keys, tier.values, tier.keys_scale, tier.values_scale]
+    with _lock:
+        kept = _kept.get(tier)
+        if kept is None or not kept.fits(key, sources): kept = _kept[tier] = Kept(key, sources, [_write_launch(tier, step)])
+        run_launches(kept.launches, step, key_states.device)
     return True
 
 HotTier.write = write_hot
 
-# %% ../nbs/05_kernels.ipynb #2cdea07e
+def stored(
+    layer:SpectralLayer,
+    key_states:Tensor, # As `attend` was given them
+) -> bool: # False: call `append`
+    "Take in a token that `attend` has written, where `SpectralLayer.append` would do nothing else."
+    hot = layer.hot
+    if not has_written(hot, key_states, hot.n) or layer.importance is not None or not layer.cold.ready or hot.n + 1 >= layer.config.hot_buffer_size + layer.cold.page: return False
+    layer.pending = None
+    hot.n += 1
+    return True
+
+# %% ../nbs/05_kernels.ipynb #cd2f8a69
+_masks = {} # The last one of each device: the mask that was given, tokens, rows, bytes, layers that have seen it
+
+def _mask_bytes(layer:SpectralLayer, attention_mask:Tensor, B:int): # uint8 `[B, past + 1]`
+    past, held = layer.get_seq_length(), _masks.get(attention_mask.device)
+    if held is not None and held[0]() is attention_mask and held[1:3] == (past, B) and id(layer) not in held[4]: # a layer that comes again begins another step
+        held[4].add(id(layer))
+        return held[3]
+    if attention_mask.shape[-1] < past + 1: raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} keys, the cache and the new token are {past + 1}")
+    mask = attention_mask[:, 0, -1, :past + 1]
+    if mask.dtype != torch.bool: mask = mask > torch.finfo(torch.float16).min / 2
+    out = torch.zeros(B, (past // 256 + 1) * 256, dtype=torch.uint8, device=mask.device)[:, :past + 1]
+    out.copy_(mask)
+    _masks[attention_mask.device] = weakref.ref(attention_mask), past, B, out, {id(layer)}
+    return out
+
+# %% ../nbs/05_kernels.ipynb #c00298b7
 _broken, _told = set(), set() # Devices on which a kernel failed; reasons that the log has
 
-@torch.no_grad()
 def attend(
     layer:SpectralLayer, # Past tokens
     query_states:Tensor, # **post-RoPE** `[B, heads, q_len, D]`
@@ -863,13 +942,9 @@ def attend(
     "Attention of new queries, by the kernels where they can and by PyTorch where they cannot."
     why = unsupported(layer, query_states, value_states) or ("a kernel failed before" if query_states.device in _broken else None)
     if why is None:
-        past, mask = layer.get_seq_length(), None
-        if attention_mask is not None and layer.hot not in counters:
-            if attention_mask.shape[-1] < past + 1: raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} keys, the cache and the new token are {past + 1}")
-            mask = attention_mask[:, 0, -1, :past + 1]
-            if mask.dtype != torch.bool: mask = mask > torch.finfo(torch.float16).min / 2
-            mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).expand(len(query_states), -1).view(torch.uint8)
-        try: return decode_attention(layer, query_states, key_states, value_states, mask, scaling, softcap), None
+        mask = None
+        if attention_mask is not None and layer.hot not in counters: mask = _mask_bytes(layer, attention_mask, len(query_states))
+        try: return decode_attention(layer, query_states, key_states, value_states, mask, scaling, softcap, None, True), None
         except (RuntimeError, triton.errors.TritonError) as e:
             if isinstance(e, torch.cuda.OutOfMemoryError): raise
             _broken.add(query_states.device)
@@ -878,6 +953,8 @@ def attend(
         _told.add(why)
         (log.warning if layer.config.kernel == "triton" else log.info)("decode attention by PyTorch, not Triton: %s", why)
     return attention.attend(layer, query_states, key_states, value_states, attention_mask, scaling, softcap)
+
+attend.stored = stored # For those who store tokens one by one
 
 # %% ../nbs/05_kernels.ipynb #f5ac644c
 attention.BACKENDS["triton"] = attend

@@ -18,6 +18,15 @@ def check(what, layer):
 for i in range(3):
     check(f"step {i}", layer)
     layer.append(*(torch.randn(2, 2, 1, 128, generator=gen) for _ in range(2)))
+q1, k1, v1 = (torch.randn(2, h, 1, 128, generator=gen) for h in (8, 2, 2))
+twin = copy.deepcopy(layer)
+kernels.attend(layer, q1, k1, v1) # writes the token on the way
+assert kernels.stored(layer, k1)
+kernels.HotTier.write, write = None, kernels.HotTier.write
+twin.append(k1, v1)
+kernels.HotTier.write = write
+for a, b in zip(layer.hot.states(), twin.hot.states()): assert a.shape == b.shape and torch.allclose(a.float(), b.float(), atol=1e-2)
+check("written on the way", layer)
 layer.reorder_cache(torch.tensor([1, 0]))
 check("reordered", layer)
 for idx in ([1, 1], [0, 1]): layer.reorder_cache(torch.tensor(idx))

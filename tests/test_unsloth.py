@@ -37,6 +37,7 @@ AFTER = identities()
 
 import torch  # noqa: E402
 import unsloth.models.llama as L  # noqa: E402
+from host_cases import CountOps, no_kernels, tiny  # noqa: E402
 from tiny import BASE, CONFIGS, head_dim, prompt, tiny_model  # noqa: E402
 from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast  # noqa: E402
@@ -429,6 +430,30 @@ def test_divergence_is_recorded_on_every_route(name):
     assert [len(s.layer_errors) for s in coded.steps] == [2] * 4
     assert max(max(s.layer_errors) for s in exact.steps) < 1e-4
     for s in coded.steps[1:]: assert (max(s.layer_errors) > .01) == some
+
+
+@pytest.mark.parametrize("kind, batch", [("llama", 1), ("mistral", 4)])
+def test_torch_operations_of_a_decode_step(kind, batch, monkeypatch):
+    "What limits decoding on a GPU: per layer and token, fewer operations than stock Unsloth and four kernels, the same with a mask, and some 50 us of the host (not asserted here)."
+    path = TMP[0] / f"host_{kind}"
+    if not path.exists():
+        tiny(8, kind).save_pretrained(path)
+        tokenizer().save_pretrained(path)
+    model, ids, rope = load(path, length=2048), torch.randint(4, 512, (batch, 700)), lambda *args, **kw: True # Unsloth's kernel for one token's rotary embedding
+    for m in [m for n, m in sys.modules.items() if n.startswith("unsloth.models.") and "decode_rope_inplace" in vars(m)]: monkeypatch.setattr(m, "decode_rope_inplace", rope)
+    def count():
+        "Operations of one step, after some."
+        with torch.inference_mode():
+            past = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, return_dict=True).past_key_values
+            for i in range(4):
+                with CountOps() as c: past = model(input_ids=ids[:, :1], attention_mask=torch.ones(batch, 701 + i, dtype=torch.long), position_ids=torch.full((batch, 1), 700 + i), past_key_values=past, use_cache=True, return_dict=True).past_key_values
+        return sum(c.seen.values()) / 8
+    stock = count()
+    with no_kernels() as launched, spectral(model, ratio=8, use_triton_kernel=True) as patched:
+        patched.turn_in_place = rope
+        ours = count()
+    assert ours < stock - 5 and ours < 56, (ours, stock) # what a step does once counts here as an eighth
+    assert launched == dict.fromkeys(("prepare", "decode", "merge", "_write"), 4 * 8)
 
 
 # --- recall of a trained model

@@ -1,0 +1,80 @@
+"What a decode step costs the host, measured without a GPU: kernels that do nothing stand for the compiled ones, everything around them is real."
+import tempfile
+import time
+from collections import Counter
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+from spectral_nb import kernels
+from spectral_nb.cache import HotTier
+
+SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,
+             bos_token_id=None, eos_token_id=None, pad_token_id=3, tie_word_embeddings=False)
+
+
+class NoKernel:
+    "Stands for a Triton kernel, before and after it is compiled; counts its launches."
+    function, packed_metadata = 0, ()
+
+    def __init__(self, f, launched):
+        code = getattr(f, "fn", f).__code__
+        self.name, self.arg_names, self.launched, self.given = code.co_name, list(code.co_varnames[:code.co_argcount]), launched, None
+
+    def __getitem__(self, grid): return self.first
+
+    def first(self, *args, **kwargs):
+        self.launched[self.name] += 1
+        return self
+
+    def run(self, x, y, z, stream, function, metadata, a, b, c, *args): # as the launchers that Triton compiles take them
+        self.launched[self.name] += 1
+        self.given = args
+
+
+@contextmanager
+def no_kernels():
+    "Decode attention takes the path of a GPU; yields the number of launches by kernel."
+    launched, old = Counter(), {n: getattr(kernels, n) for n in ("triton", "interpreted", "prepare", "decode", "merge", "_write", "decode_attention")}
+    reserve = HotTier.reserve
+    kernels.triton, kernels.interpreted = old["triton"] or SimpleNamespace(errors=SimpleNamespace(TritonError=RuntimeError)), lambda: True
+    for n in ("prepare", "decode", "merge", "_write"): setattr(kernels, n, NoKernel(old[n], launched))
+    kernels.decode_attention = lambda *args: old["decode_attention"](*args).zero_() # nothing has been written there; `CountOps` leaves this out
+    def zeroed(tier, room):
+        reserve(tier, room)
+        for t in tier.tensors().values(): t[:, :, tier.n:] = 0
+    HotTier.reserve = zeroed
+    try: yield launched
+    finally:
+        HotTier.reserve = reserve
+        for n, f in old.items(): setattr(kernels, n, f)
+
+
+class CountOps(TorchDispatchMode):
+    "Counts torch's operations by name."
+    def __init__(self):
+        super().__init__()
+        self.seen = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if (name := func.overloadpacket.__name__) != "zero_": self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def tiny(layers, kind="llama"):
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, num_hidden_layers=layers) if kind == "llama" else MistralConfig(**SHAPE, num_hidden_layers=layers, sliding_window=None)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def steps(step, n=40, warm=8):
+    "Median seconds of a step."
+    times = []
+    for i in range(n + warm):
+        t = time.thread_time()
+        step()
+        times.append(time.thread_time() - t)
+    return sorted(times[warm:])[n // 2]
