@@ -530,7 +530,7 @@ def fixed_nbytes(
     held = sum(t.untyped_storage().nbytes() for (tier, name), t in layer.tensors().items() if tier not in ("hot", "sample"))
     return held + B * H * (hot * (D + Dv + 4) + 4 * (D + Dv) + (0 if layer.cold.measured.hard else 2 * LOSS_RANK * D + 4))
 
-# %% ../nbs/03_cache.ipynb #7a3002ff
+# %% ../nbs/03_cache.ipynb #252f6b37
 def tokens_to_code(
     layer:SpectralLayer,
     first:bool, # Whether these are the first pages
@@ -538,7 +538,8 @@ def tokens_to_code(
     "How many of a layer's hot tokens a new segment takes."
     config, page, T = layer.config, layer.cold.page, layer.hot_length
     n = (T - config.hot_buffer_size) // page * page
-    if first and config.bits is None and (T - n) / 2 > .4 * T / (config.ratio or 8.): n = (T - min(64, config.hot_buffer_size)) // page * page
+    budget = T / (config.ratio or 8.) # tokens of 16 bits
+    if first and config.bits is None and (T - n) / 2 > min(.4 * budget, budget - n / 16): n = (T - min(64, config.hot_buffer_size)) // page * page
     return n
 
 # %% ../nbs/03_cache.ipynb #ad0f4f5b
