@@ -496,6 +496,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'spectral_nb/integration.py'),
                                          'spectral_nb.integration.clone_with': ( 'integration.html#clone_with',
                                                                                  'spectral_nb/integration.py'),
+                                         'spectral_nb.integration.coded_at_the_end': ( 'integration.html#coded_at_the_end',
+                                                                                       'spectral_nb/integration.py'),
                                          'spectral_nb.integration.decode_forward': ( 'integration.html#decode_forward',
                                                                                      'spectral_nb/integration.py'),
                                          'spectral_nb.integration.keep_mask': ('integration.html#keep_mask', 'spectral_nb/integration.py'),

@@ -6,8 +6,8 @@
 __all__ = ['log', 'FAST_TYPES', 'GENERATE_REFUSED', 'DECODE_ARGS', 'LOOP_ARGS', 'PREFILL_ARGS', 'LOOPS', 'DENSE_PAST',
            'base_model', 'model_route', 'check_supported', 'check_generate', 'LayerStates', 'FastPathCache', 'storing',
            'project', 'rotate', 'keep_mask', 'SpectralPatch', 'known_layer_weights', 'attend_function', 'some_queries',
-           'received_attention', 'check_unsloth', 'clone_with', 'decode_forward', 'stand_in', 'patch_unsloth_attention',
-           'unpatch_unsloth_attention', 'spectral']
+           'received_attention', 'check_unsloth', 'clone_with', 'decode_forward', 'coded_at_the_end', 'stand_in',
+           'patch_unsloth_attention', 'unpatch_unsloth_attention', 'spectral']
 
 # %% ../nbs/06_integration.ipynb #38123081
 import copy, functools, importlib.util, inspect, json, logging, types
@@ -550,7 +550,21 @@ def call(self:SpectralPatch,
             raise RuntimeError(f"attention of layer {i} ran {self.prefill[i] + self.decode[i] - reached[i]} times in one call of the model, expected once")
     return out
 
-# %% ../nbs/06_integration.ipynb #fdeec177
+# %% ../nbs/06_integration.ipynb #ba756d9c
+@contextmanager
+def coded_at_the_end(
+    layers:list, # Of an empty cache
+):
+    "Fit bases when this context ends, not while the model runs."
+    full, known = [], [(o, o.on_full) for o in layers if isinstance(o, SpectralLayer)]
+    for o, _ in known: o.on_full = full.append
+    try: yield
+    finally:
+        for o, f in known: o.on_full = f
+    if full:
+        with storing(): full[-1].on_full(full[-1])
+
+# %% ../nbs/06_integration.ipynb #d13ab99c
 def _fast_forward(self, *args, **kwargs):
     "Stands for `forward` of a model on Unsloth's fast path."
     patched, stock = self._spectral
@@ -575,7 +589,9 @@ def _fast_forward(self, *args, **kwargs):
     if not held:
         patched.set_padding(cache, mask)
         patched.spare_mask(kwargs, n)
-        kwargs["past_key_values"], patched.filling, run = None, cache, lambda: stock(**kwargs)
+        kwargs["past_key_values"], patched.filling = None, cache
+        def run():
+            with coded_at_the_end(cache.layers): return stock(**kwargs)
     else:
         if positions is None: kwargs["position_ids"] = patched.continued_positions(mask, B, n)
         kwargs["past_key_values"], run = cache, lambda: stock(**kwargs)

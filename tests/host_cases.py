@@ -6,7 +6,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from spectral_nb import kernels
@@ -78,3 +80,38 @@ def steps(step, n=40, warm=8):
         step()
         times.append(time.thread_time() - t)
     return sorted(times[warm:])[n // 2]
+
+
+class LiveBytes(TorchDispatchMode):
+    "Bytes of the storages that are alive, of those made while this lasts: `now`, `peak`, and the innermost of the functions watched at the peak."
+    def __init__(self, watched=()): # Triples of owner, name, label
+        super().__init__()
+        self.live, self.now, self.peak, self.stages, self.at, self.watched = {}, 0, 0, [], "", watched
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in known: self.hold(t.untyped_storage())
+        return out
+
+    def hold(self, storage):
+        ref = StorageWeakRef(storage)
+        if ref.cdata in self.live and not self.live[ref.cdata][0].expired(): return
+        self.live[ref.cdata] = ref, storage.nbytes()
+        self.now = sum(n for r, n in self.live.values() if not r.expired())
+        if self.now > self.peak: self.peak, self.at = self.now, " < ".join(self.stages[::-1][:3])
+
+    def __enter__(self):
+        self.undo = [(o, n, getattr(o, n)) for o, n, _ in self.watched]
+        for o, n, label in self.watched:
+            def named(*args, inner=getattr(o, n), label=label, **kwargs):
+                self.stages.append(label)
+                try: return inner(*args, **kwargs)
+                finally: self.stages.pop()
+            setattr(o, n, named)
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        for o in self.undo: setattr(*o)
+        return super().__exit__(*exc)

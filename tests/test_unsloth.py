@@ -31,13 +31,14 @@ def identities():
 
 
 BEFORE = identities()
+import spectral_nb.cache as cache_module  # noqa: E402
 import spectral_nb.integration as I  # noqa: E402
 
 AFTER = identities()
 
 import torch  # noqa: E402
 import unsloth.models.llama as L  # noqa: E402
-from host_cases import CountOps, no_kernels, tiny  # noqa: E402
+from host_cases import CountOps, LiveBytes, no_kernels, tiny  # noqa: E402
 from tiny import BASE, CONFIGS, head_dim, prompt, tiny_model  # noqa: E402
 from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast  # noqa: E402
@@ -454,6 +455,27 @@ def test_torch_operations_of_a_decode_step(kind, batch, monkeypatch):
         ours = count()
     assert ours < stock - 5 and ours < 56, (ours, stock) # what a step does once counts here as an eighth
     assert launched == dict.fromkeys(("prepare", "decode", "merge", "_write"), 4 * 8)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_a_prompt_is_coded_when_nothing_else_is_alive(kind, monkeypatch):
+    "Live bytes when bases are fitted: the states themselves, a few sampled queries and the model's output; no activation of the last layer, no copy of its keys and values."
+    path, begun = TMP[0] / f"host_{kind}", []
+    if not path.exists():
+        tiny(8, kind).save_pretrained(path)
+        tokenizer().save_pretrained(path)
+    model, ids = load(path, length=2048), torch.randint(4, 512, (1, 1500))
+    fit, live = cache_module.fit_layers, LiveBytes()
+    def begin(layers, *args):
+        live.hold(torch.empty(1).untyped_storage()) # count now
+        begun.append((live.now, sum(t.untyped_storage().nbytes() for o in layers for t in o.tensors().values())))
+        return fit(layers, *args)
+    monkeypatch.setattr(cache_module, "fit_layers", begin)
+    with torch.inference_mode(), spectral(model, ratio=8, exact_dtype="float32"):
+        model(input_ids=ids[:, :300], use_cache=True, return_dict=True) # tables are made
+        with live: past = model(input_ids=ids, use_cache=True, return_dict=True, logits_to_keep=1).past_key_values
+    (alive, held), one = begun[-1], 2 * 2 * 1500 * 64 * 4 # a layer's keys and values
+    assert held > 8 * one and len(past.layers[7].cold) and alive < held + one, (alive / one, held / one)
 
 
 # --- recall of a trained model
