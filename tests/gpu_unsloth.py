@@ -1,9 +1,12 @@
 """Unsloth on a GPU, stock against patched; writes JSON after every row. Not collected by pytest.
 
+    python tests/gpu_unsloth.py session --out DIR [--seconds 300]          all of the below in one process and in order of importance: what is over at the end of its
+                                                                           time is on disk; about 45 s of it go into the import. The checkpoint (14.5 GB) goes to --model, default /dev/shm/u7b
     python tests/gpu_unsloth.py parity --json parity.json                  six families and the pocket model, float16 and bfloat16
     python tests/gpu_unsloth.py make --model DIR [--layers 32]             a checkpoint in the shape of Mistral 7B, random weights, float16
     python tests/gpu_unsloth.py bench --model DIR --json bench.json [--four-bit] [--lengths 4096 16384 32768] [--batches 1 4]
-With --small all of them also run on a CPU, through tests/unsloth_cpu.py, in seconds: a rehearsal.
+With --small all of them also run on a CPU, through tests/unsloth_cpu.py, in seconds: a rehearsal. Results belong in nbs/results/ (unsloth_gpu_parity.json, _fp16.json, _4bit.json), which 06_integration shows:
+copy them there and run the notebook.
 """
 import argparse
 import gc
@@ -82,6 +85,9 @@ def generate(model, ids, new, mask=None, pad=3, **kw):
 
 # --- nothing may be lost
 
+def late(args): return time.time() - START > getattr(args, "until", float("inf"))
+
+
 def parity(args):
     "Lossless setting: stock and patched, both plans, one row and a left-padded batch, real kernels."
     rows = Rows(args)
@@ -89,8 +95,12 @@ def parity(args):
     for dtype in dtypes:
         try: pocket(rows, dtype, args)
         except Exception as e: rows.add(what="pocket", dtype=dtype, error=repr(e)[:300])
+        clean()
     for dtype in dtypes:
-        for name in "llama mistral mistral_window qwen2 qwen3 gemma gemma2".split()[:2 if args.small else None]:
+        for name in "llama mistral qwen3 qwen2 mistral_window gemma gemma2".split()[:2 if args.small else None]: # the last one compiles for half a minute
+            if late(args):
+                rows.add(what="lossless", family=name, dtype=dtype, skipped="no time was left")
+                continue
             with tempfile.TemporaryDirectory() as d:
                 save(tiny_model.__wrapped__(name), d, CONFIGS[name].vocab_size)
                 model = load(d, 512, DTYPES[dtype])
@@ -210,34 +220,64 @@ def measure(model, batch, length, new):
     return row
 
 
+def cells(args):
+    "Batches and lengths, those that matter most first: smallest, largest, longest for one row, largest batch of the shortest, the rest."
+    (b0, *_), (*_, b1), (l0, *_), (*_, l1) = args.batches, args.batches, args.lengths, args.lengths
+    return list(dict.fromkeys([(b0, l0), (b1, l1), (b0, l1), (b1, l0), *((b, n) for n in args.lengths for b in args.batches)]))
+
+
 def bench(args):
     rows = Rows(args)
     model = load(args.model, max(args.lengths) + 512, torch.float16 if CUDA else torch.float32, args.four_bit)
     say("loaded")
     ways = dict(stock=None, spectral=dict(ratio=args.ratio), spectral_torch=dict(ratio=args.ratio, use_triton_kernel=False)) # the first with the kernels
-    for batch in args.batches:
-        for length in args.lengths:
-            for way in args.ways:
-                if way == "spectral_torch" and length > min(args.lengths): continue
-                row, kw = dict(way=way, four_bit=args.four_bit, batch=batch, length=length, new=args.new), ways[way]
-                if kw: row |= dict(ratio=args.ratio, layer_weights="not measured: every layer gets the same share")
-                def run():
-                    if length == args.lengths[0]: generate(model, torch.full((batch, 1024 if CUDA else 300), 7, device=DEVICE), 3) # kernels are compiled here
-                    return measure(model, batch, length, args.new)
-                try:
-                    if kw is None: row |= run()
-                    else:
-                        with spectral(model, **kw): row |= run()
-                except Exception as e: row |= dict(error=repr(e)[:300])
-                rows.add(**row)
-                clean(model)
+    compiled = set()
+    for batch, length in cells(args):
+        for way in args.ways:
+            if way == "spectral_torch" and length > min(args.lengths): continue
+            row, kw = dict(way=way, four_bit=args.four_bit, batch=batch, length=length, new=args.new), ways[way]
+            if late(args):
+                rows.add(**row, error="no time was left")
+                continue
+            if kw: row |= dict(ratio=args.ratio, layer_weights="not measured: every layer gets the same share")
+            def run():
+                for _ in range(2 if (batch, way) not in compiled else 0): generate(model, torch.full((batch, 1024 if CUDA else 300), 7, device=DEVICE), 4) # kernels are compiled and tuned here
+                compiled.add((batch, way))
+                return measure(model, batch, length, args.new)
+            try:
+                if kw is None: row |= run()
+                else:
+                    with spectral(model, **kw): row |= run()
+            except Exception as e: row |= dict(error=repr(e)[:300])
+            rows.add(**row)
+            clean(model)
     return rows
+
+
+def session(args):
+    "Everything in one go, within `--seconds` of the start of this process; a third of the time for parity, a third for each precision."
+    out, model = Path(args.out), Path(args.model or ("/dev/shm/u7b" if CUDA else tempfile.mkdtemp()))
+    out.mkdir(parents=True, exist_ok=True)
+    args.model, args.new, args.ways = str(model), min(args.new, 48), ["stock", "spectral"]
+    begun = time.time() - START
+    part = lambda i: begun + (args.seconds - begun) * i / 3
+    def stage(name, f, until, **kw):
+        say("==", name)
+        try: f(argparse.Namespace(**vars(args) | dict(json=out / f"unsloth_gpu_{name}.json", until=until) | kw))
+        except Exception as e: say("==", name, "failed:", repr(e)[:500])
+        clean()
+    stage("parity", parity, part(1), dtypes=["bfloat16", "float16"])
+    if not (model / "config.json").exists(): stage("make", make, part(2))
+    stage("fp16", bench, part(2), four_bit=False)
+    stage("4bit", bench, part(3), four_bit=True)
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser()
-    p.add_argument("what", choices=["parity", "make", "bench"])
+    p.add_argument("what", choices=["session", "parity", "make", "bench"])
     p.add_argument("--json", default=os.devnull)
+    p.add_argument("--out", default=".")
+    p.add_argument("--seconds", type=float, default=300)
     p.add_argument("--model")
     p.add_argument("--small", action="store_true")
     p.add_argument("--four-bit", action="store_true")
@@ -249,4 +289,4 @@ if __name__ == "__main__":
     p.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     p.add_argument("--ways", nargs="+", default=["stock", "spectral", "spectral_torch"])
     args = p.parse_args()
-    dict(parity=parity, make=make, bench=bench)[args.what](args)
+    dict(session=session, parity=parity, make=make, bench=bench)[args.what](args)
