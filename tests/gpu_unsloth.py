@@ -5,6 +5,7 @@
     python tests/gpu_unsloth.py parity --json parity.json                  six families and the pocket model, float16 and bfloat16
     python tests/gpu_unsloth.py make --model DIR [--layers 32]             a checkpoint in the shape of Mistral 7B, random weights, float16
     python tests/gpu_unsloth.py bench --model DIR --json bench.json [--four-bit] [--lengths 4096 16384 32768] [--batches 1 4]
+Before a session, in seconds: python tests/kernels_plans.py cuda (launches that are kept read no stale address).
 With --small all of them also run on a CPU, through tests/unsloth_cpu.py, in seconds: a rehearsal. Results belong in nbs/results/ (unsloth_gpu_parity.json, _fp16.json, _4bit.json), which 06_integration shows:
 copy them there and run the notebook.
 """

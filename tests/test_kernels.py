@@ -126,7 +126,13 @@ def test_a_mask_that_is_too_short_is_refused(monkeypatch):
 @needs_triton
 def test_kept_launches_follow_their_layer():
     "Through steps, beam search, copies, cropping, new pages and scratch memory that moves."
-    assert "and back" in run("kernels_plans.py", TRITON_INTERPRET="1")
+    assert "done" in run("kernels_plans.py", TRITON_INTERPRET="1")
+
+
+@pytest.mark.gpu
+def test_kept_launches_on_a_gpu():
+    if not torch.cuda.is_available(): pytest.skip("needs a CUDA device; not run yet")
+    run("kernels_plans.py", "cuda")
 
 
 @needs_triton
