@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['scratch', 'T4', 'counters', 'Steps', 'steps_of', 'thread_order', 'prepare', 'decode', 'decode_gemv', 'merge',
            'LayoutTables', 'layout_tables', 'rotary_pairs', 'anchor_table', 'Scratch', 'Tuning', 'interpreted',
-           'tuning_for', 'marked_pages', 'unsupported', 'places', 'Launch', 'run_launches', 'Kept', 'aligned',
-           'plan_launches', 'decode_attention', 'has_written', 'write_hot', 'stored', 'attend', 'TritonSpectralConfig']
+           'tuning_for', 'projection_tile', 'marked_pages', 'unsupported', 'places', 'Launch', 'run_launches', 'Kept',
+           'aligned', 'plan_launches', 'decode_attention', 'has_written', 'write_hot', 'stored', 'first_head', 'attend',
+           'TritonSpectralConfig']
 
-# %% ../nbs/05_kernels.ipynb #c05d853f
+# %% ../nbs/05_kernels.ipynb #5fae7ba1
+import copy
 import logging
 import threading
 import warnings
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from types import SimpleNamespace
@@ -129,33 +131,37 @@ def _query(Q, row, ia, ib, ok, D: tl.constexpr):
     inv = 1. / tl.maximum(tl.sqrt(norm2), 1e-20)
     return a * inv, b * inv, norm2
 
-# %% ../nbs/05_kernels.ipynb #ff07edc5
+# %% ../nbs/05_kernels.ipynb #5f0cdb90
 @jit
-def _project(Q, TAB, PAIR, BASIS, SCALE, CI, CF, RMAX, QT, QS, block, part, row, pages, per, rank, scaling,
-             G: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, STEPS: tl.constexpr, PB: tl.constexpr, CT: tl.constexpr, HALVES: tl.constexpr):
-    "A query turned back to the anchors of some pages, times CT rows of the basis: 16-bit integers as two bytes."
-    bh, g = row // G, row % G
+def _angles(TAB, page, d, inside, D: tl.constexpr):
+    "Cosines and sines of pages."
+    o = TAB + page[:, None] * D + d[None, :]
+    return tl.load(o, mask=inside, other=0), tl.load(o + D // 2, mask=inside, other=0)
+
+@jit
+def _project(Q, TAB, PAIR, BASIS, SCALE, CI, CF, RMAX, QT, QS, block, part, first, bh, pages, rank, scaling,
+             G: tl.constexpr, GC: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, STEPS: tl.constexpr, PB: tl.constexpr, CT: tl.constexpr, HALVES: tl.constexpr):
+    "GC queries turned back to the anchors of PB pages, times CT rows of the basis: 16-bit integers as two bytes."
     d = tl.arange(0, D2)
     c = tl.arange(0, CT)
     ok = d < D // 2
     ia, ib = _halves(PAIR, d, ok, D, HALVES)
     comp = tl.load(CI + part * CT + c)
-    cs = tl.load(CF + part * CT + c) * tl.load(SCALE + bh * rank + comp)
     rmax = tl.load(RMAX + bh)
+    cs = tl.load(CF + part * CT + c) * tl.load(SCALE + bh * rank + comp) * (32512. / rmax)
     base = BASIS + (bh * rank + comp)[None, :] * D
-    wa = tl.load(base + ia[:, None], mask=ok[:, None], other=0).to(tl.float32)
-    wb = tl.load(base + ib[:, None], mask=ok[:, None], other=0).to(tl.float32)
-    qa, qb, norm2 = _query(Q, row, ia, ib, ok, D)
-    u = (qa[:, None] * wa + qb[:, None] * wb).to(tl.float16)
-    v = (qb[:, None] * wa - qa[:, None] * wb).to(tl.float16)
-    cs = cs * (32512. / rmax)
-    if (block == 0) & (part == 0): tl.store(QS + row, tl.sqrt(norm2) * rmax * (scaling * 1.4426950408889634 / 32512.))
-    for at in range(block * per, tl.minimum(block * per + per, tl.cdiv(pages, PB))):
-        page = at * PB + tl.arange(0, PB)
-        inside = (page < pages)[:, None] & ok[None, :]
-        o = TAB + page[:, None] * (2 * D) + d[None, :]
-        y = tl.dot(tl.load(o, mask=inside, other=0), u)
-        y = tl.dot(tl.load(o + D // 2, mask=inside, other=0), v, y)
+    page = block * PB + tl.arange(0, PB)
+    inside = (page < pages)[:, None] & ok[None, :]
+    cos, sin = _angles(TAB, page, d, inside, D)
+    wa, wb = tl.zeros([D2, CT], tl.float16), tl.zeros([D2, CT], tl.float16)
+    for i in range(0, tl.minimum(pages, 1)): # one turn, so that Triton lays out the products as float16: seen from outside, 8 bits come in
+        wa = tl.load(base + ia[:, None], mask=ok[:, None], other=0).to(tl.float16)
+        wb = tl.load(base + ib[:, None], mask=ok[:, None], other=0).to(tl.float16)
+    for g in range(first, first + GC):
+        qa, qb, norm2 = _query(Q, bh * G + g, ia, ib, ok, D)
+        if (block == 0) & (part == 0): tl.store(QS + bh * G + g, tl.sqrt(norm2) * rmax * (scaling * 1.4426950408889634 / 32512.))
+        y = tl.dot((cos * qa[None, :] + sin * qb[None, :]).to(tl.float16), wa)
+        y = tl.dot((cos * qb[None, :] - sin * qa[None, :]).to(tl.float16), wb, y)
         q = (y * cs[None, :] + 12582912.).to(tl.int32, bitcast=True) # the low 16 bits are the rounded number
         hi = tl.reshape(tl.permute(tl.reshape(((q + 128) >> 8).to(tl.int8), [PB, CT // 8, 4, 2]), (0, 2, 1, 3)), [PB, CT])
         lo = tl.reshape(tl.permute(tl.reshape(q.to(tl.int8), [PB, CT // 8, 4, 2]), (0, 2, 1, 3)), [PB, CT])
@@ -171,43 +177,34 @@ def thread_order(
     "Columns as a thread of a tensor core holds its results: pairs of neighbours, every 8."
     return columns.unflatten(-1, (-1, 4, per // 8, 2)).transpose(-3, -2).flatten(-4)
 
-# %% ../nbs/05_kernels.ipynb #80fee0ce
+# %% ../nbs/05_kernels.ipynb #adfc2c24
 @jit
-def _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, block, row, pages, per, scaling, loss_factor,
-          G: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PB: tl.constexpr, LR: tl.constexpr, HALVES: tl.constexpr):
-    "What every key of a page adds to a score: the offset's part, and half the variance that was lost."
-    bh, g = row // G, row % G
+def _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, block, first, bh, pages, scaling, loss_factor,
+          G: tl.constexpr, GC: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PB: tl.constexpr, LR: tl.constexpr, HALVES: tl.constexpr):
+    "What every key of a page adds to a score, in float32: the offset's part, which may be large, and half the variance that was lost."
     d = tl.arange(0, D2)
-    f = tl.arange(0, 16)
     ok = d < D // 2
     ia, ib = _halves(PAIR, d, ok, D, HALVES)
-    qa, qb, norm2 = _query(Q, row, ia, ib, ok, D)
-    norm = tl.sqrt(norm2)
-    la = tl.load(LOSS + (bh * LR + f)[None, :] * D + ia[:, None], mask=(f < LR)[None, :] & ok[:, None], other=0).to(tl.float32)
-    lb = tl.load(LOSS + (bh * LR + f)[None, :] * D + ib[:, None], mask=(f < LR)[None, :] & ok[:, None], other=0).to(tl.float32)
+    page = block * PB + tl.arange(0, PB)
+    inside = (page < pages)[:, None] & ok[None, :]
+    cos, sin = _angles(TAB, page, d, inside, D)
     oa = tl.load(OFFSET + bh * D + ia, mask=ok, other=0)
     ob = tl.load(OFFSET + bh * D + ib, mask=ok, other=0)
     rest = tl.load(REST + bh)
-    size = tl.maximum(tl.sqrt(tl.sum(oa * oa + ob * ob, 0)), 1e-20)
-    ou, ov = (qa * oa + qb * ob) * (1. / size), (qb * oa - qa * ob) * (1. / size)
-    uh, vh = ou.to(tl.float16), ov.to(tl.float16) # two float16 numbers for each of the offset's: columns 12 and 13
-    ul, vl = ou - uh.to(tl.float32), ov - vh.to(tl.float32)
-    lu = qa[:, None] * la + qb[:, None] * lb
-    lv = qb[:, None] * la - qa[:, None] * lb
-    lu = tl.where((f == 12)[None, :], uh.to(tl.float32)[:, None], tl.where((f == 13)[None, :], ul[:, None], lu)).to(tl.float16)
-    lv = tl.where((f == 12)[None, :], vh.to(tl.float32)[:, None], tl.where((f == 13)[None, :], vl[:, None], lv)).to(tl.float16)
-    lu2 = tl.where((f == 14)[None, :], uh[:, None], tl.zeros([D2, 16], tl.float16))
-    lv2 = tl.where((f == 14)[None, :], vh[:, None], tl.zeros([D2, 16], tl.float16))
-    for at in range(block * per, tl.minimum(block * per + per, tl.cdiv(pages, PB))):
-        page = at * PB + tl.arange(0, PB)
-        inside = (page < pages)[:, None] & ok[None, :]
-        o = TAB + page[:, None] * (2 * D) + d[None, :]
-        e = tl.dot(tl.load(o, mask=inside, other=0), lu)
-        e = tl.dot(tl.load(o + D // 2, mask=inside, other=0), lv, e)
-        e = tl.dot(tl.load(o + D, mask=inside, other=0), lu2, e)
-        e = tl.dot(tl.load(o + D + D // 2, mask=inside, other=0), lv2, e)
-        off = tl.sum(tl.where((f >= 12)[None, :], e, 0.), 1) * (norm * size)
-        var = rest + tl.sum(tl.where((f < 12)[None, :], e * e, 0.), 1)
+    f = tl.arange(0, 16)
+    row = LOSS + (bh * LR + f)[None, :] * D
+    la = tl.load(row + ia[:, None], mask=(f < LR)[None, :] & ok[:, None], other=0)
+    lb = tl.load(row + ib[:, None], mask=(f < LR)[None, :] & ok[:, None], other=0)
+    for g in range(first, first + GC):
+        qa, qb, norm2 = _query(Q, bh * G + g, ia, ib, ok, D)
+        a = cos * qa[None, :] + sin * qb[None, :]
+        b = cos * qb[None, :] - sin * qa[None, :]
+        off = tl.sum(a * oa[None, :] + b * ob[None, :], 1) * tl.sqrt(norm2)
+        var = tl.zeros([PB], tl.float32) + rest
+        if LR > 0:
+            e = tl.dot(a.to(tl.float16), la)
+            e = tl.dot(b.to(tl.float16), lb, e)
+            var += tl.sum(e * e, 1)
         tl.store(QB + (bh * pages + page) * G + g, (off + .5 * loss_factor * norm2 * var) * (scaling * 1.4426950408889634), mask=page < pages)
 
 # %% ../nbs/05_kernels.ipynb #b7b5cad6
@@ -270,28 +267,28 @@ def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, part, E, bh, n_cold, L, m
         tl.store(LE + o, tl.sum(p, 1), mask=g < G)
         tl.store(AE + o[:, None] * D + d[None, :], tl.sum(p[:, :, None] * v[None, :, :], 1), mask=(g < G)[:, None] & dok[None, :])
 
-# %% ../nbs/05_kernels.ipynb #8ebbedc6
+# %% ../nbs/05_kernels.ipynb #6bf3fd30
 @jit
 def prepare(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QS, QB, HK, HV, HKS, HVS, LK, LV, LSLOT, NK, NV, MASK, LEN, ME, LE, AE,
-            hots:int, marks:int, E:int, pages:int, per:int, bper:int, rank:int, n_cold:int, L:int, mask_row:int, hot_row:int, scaling, loss_factor, cap2,
-            H: tl.constexpr, G: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, GB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, D2: tl.constexpr, STEPS: tl.constexpr,
+            hots:int, marks:int, E:int, pages:int, rank:int, n_cold:int, L:int, mask_row:int, hot_row:int, scaling, loss_factor, cap2,
+            H: tl.constexpr, G: tl.constexpr, GC: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, GB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, D2: tl.constexpr, STEPS: tl.constexpr,
             PB: tl.constexpr, CT: tl.constexpr, LR: tl.constexpr, TE: tl.constexpr, TM: tl.constexpr, HALVES: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr):
     "All that a query does besides reading codes: landmarks and the new token, hot tokens, biases of the pages, projections at each page."
-    pid = tl.program_id(0)
-    bh = tl.program_id(1)
+    bh = tl.program_id(0)
+    pid = tl.program_id(1)
     exact = hots + marks
-    biases = tl.cdiv(tl.cdiv(pages, PB), bper) * G
+    biases = tl.cdiv(pages, PB) * (G // GC)
     if pid < marks:
         _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, hots, E, bh, n_cold, L, mask_row, scaling, cap2, H, G, GB, D, DP, TM, MASKED, CAP)
     elif pid < exact:
         _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, pid - marks, E, bh, n_cold, mask_row, hot_row, scaling, cap2, H, G, GP, D, DP, TE, MASKED, CAP)
     elif pid < exact + biases:
         at = pid - exact
-        _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, at // G, bh * G + at % G, pages, bper, scaling, loss_factor, G, D, D2, PB, LR, HALVES)
+        _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, at // (G // GC), at % (G // GC) * GC, bh, pages, scaling, loss_factor, G, GC, D, D2, PB, LR, HALVES)
     else:
-        at = (pid - exact - biases) // G
-        _project(Q, TAB, PAIR, BASIS, SCALE, CI, CF, RMAX, QT, QS, at // (STEPS * 32 // CT), at % (STEPS * 32 // CT), bh * G + (pid - exact - biases) % G, pages, per, rank, scaling,
-                 G, N, D, D2, STEPS, PB, CT, HALVES)
+        at = (pid - exact - biases) // (G // GC)
+        _project(Q, TAB, PAIR, BASIS, SCALE, CI, CF, RMAX, QT, QS, at // (STEPS * 32 // CT), at % (STEPS * 32 // CT), (pid - exact - biases) % (G // GC) * GC, bh, pages, rank, scaling,
+                 G, GC, N, D, D2, STEPS, PB, CT, HALVES)
 
 # %% ../nbs/05_kernels.ipynb #be9fb1ae
 @jit
@@ -546,23 +543,21 @@ def rotary_pairs(
     turning = torch.arange(r).view(-1, 2).T if table.interleaved else torch.arange(r).view(2, -1)
     return torch.cat([turning, torch.arange(r, d).view(2, -1)], 1).flatten().to(torch.int32)
 
-# %% ../nbs/05_kernels.ipynb #43790538
+# %% ../nbs/05_kernels.ipynb #350885b6
 _anchors = weakref.WeakKeyDictionary()
 
 def anchor_table(
     table:RopeTable,
     pages:int,
     device:torch.device,
-) -> tuple[Tensor, Tensor]: # float16 `[>= pages, 4, head_dim / 2]`, and `rotary_pairs`
+) -> tuple[Tensor, Tensor]: # float32 `[>= pages, 2, head_dim / 2]`, and `rotary_pairs`
     "Cosines and sines at the anchors of pages, kept with the table and made longer when needed."
     tables = _anchors.setdefault(table, {})
     if device not in tables or len(tables[device][0]) < pages:
         n = max(64, 2 * pages)
         cos, sin = table.rows(torch.arange(n, device=device) * PAGE + PAGE // 2)
         still = (table.head_dim - table.rotary_dim) // 2
-        exact = torch.stack([torch.nn.functional.pad(cos, (0, still), value=1.), torch.nn.functional.pad(sin, (0, still))], 1)
-        high = exact.half()
-        tables[device] = torch.cat([high, (exact - high.float()).half()], 1).contiguous(), rotary_pairs(table).to(device)
+        tables[device] = torch.stack([torch.nn.functional.pad(cos, (0, still), value=1.), torch.nn.functional.pad(sin, (0, still))], 1).contiguous(), rotary_pairs(table).to(device)
     return tables[device]
 
 # %% ../nbs/05_kernels.ipynb #3e1fbf49
@@ -590,16 +585,16 @@ class Scratch:
 
 scratch = Scratch()
 
-# %% ../nbs/05_kernels.ipynb #fb061711
+# %% ../nbs/05_kernels.ipynb #781b3fb8
 @dataclass(frozen=True)
 class Tuning:
-    "Sizes of programs. The defaults were measured on an H100 (`nbs/results/bench_attention.json`)."
+    "Sizes of programs. The defaults of `decode` and `merge` were chosen on an H100, those of `prepare` by instructions and registers of its builds; `tools/tune_kernels.py` measures them all."
     tokens:int=128 # Of a tile of `decode`
     programs:int=1056 # Of `decode`, about
     warps:int=1
     stages:int=2
-    pages:int=64 # Of a tile of `prepare`
-    projections:int=528 # Programs of `prepare`, about
+    pages:int=64 # Of a tile of `prepare`, at most
+    projections:int=512 # Programs of `prepare`, at least, where a tile of 16 pages and one head makes as many
     prepare_warps:int=4
     hot:int=32 # Tokens of the hot window in a program
     merge_warps:int=4
@@ -639,6 +634,19 @@ def key_norm(
     t = layout_tables(keys.layout, True, keys.basis.device)
     rows = keys.basis.float().norm(dim=-1) * keys.scale[..., 0]
     return (rows[..., t.comps.long()] * t.factors).amax(-1).clamp_min(1e-20)
+
+# %% ../nbs/05_kernels.ipynb #90789049
+def projection_tile(
+    pages:int,
+    rows:int, # KV heads of all sequences, times products of 64 rows of a basis
+    group:int, # Query heads of a KV head
+    head_dim:int,
+    t:Tuning,
+) -> tuple[int, int]: # Pages and query heads
+    "What a program of `prepare` projects: the more, the less often a basis is read; but enough programs for the GPU."
+    most = 1 if t.gemv else next(n for n in (4, 2, 1) if group % n == 0)
+    tiles = [(n, most) for n in (64, 32, 16) if n == 16 or n <= t.pages and n * head_dim ** 2 <= 64 * 128 ** 2] + [(16, n) for n in (2, 1) if n < most]
+    return next((o for o in tiles if _ceil(pages, o[0]) * rows * (group // o[1]) >= t.projections), tiles[-1])
 
 # %% ../nbs/05_kernels.ipynb #f031baa4
 def marked_pages(
@@ -742,7 +750,8 @@ def run_launches(
     with torch.cuda.device(device) if other else nullcontext():
         for l in launches: l(step, addresses, stream)
 
-# %% ../nbs/05_kernels.ipynb #b865263f
+# %% ../nbs/05_kernels.ipynb #0f03e4bf
+_broken, _told = set(), set() # Devices on which a kernel failed; reasons that the log has
 _kept, _written, _lock = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary(), threading.Lock() # By layer or `HotTier`
 
 # %% ../nbs/05_kernels.ipynb #f0052cba
@@ -772,7 +781,7 @@ def aligned(
     if not x.is_contiguous(): x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
-# %% ../nbs/05_kernels.ipynb #1f496d86
+# %% ../nbs/05_kernels.ipynb #a3fb4261
 def plan_launches(
     layer:SpectralLayer,
     step:dict[str, Tensor], # query, key, value, out, mask, length
@@ -802,10 +811,9 @@ def plan_launches(
         pages, ks, vs = len(s) // PAGE, kt.steps, vt.steps
         table, pairs = anchor_table(layer.table, first + pages, dev)
         if s.key_norm is None: s.key_norm = key_norm(s.keys)
-        PB = min(t.pages, max(16, _power(pages)))
-        blocks, parts = _ceil(pages, PB), ks.count // 2
-        per = max(1, min(blocks, _ceil(blocks * parts * BH * G, t.projections)))
-        bper = max(1, min(blocks, _ceil(blocks * BH * G, max(1, t.projections // 4))))
+        parts = ks.count // 2
+        PB, GC = projection_tile(pages, parts * BH, G, D, t)
+        blocks = _ceil(pages, PB)
         split = max(1, _ceil(pages * BH, t.programs))
         S, N, LR = _ceil(pages, split), 2 * GP, 0 if s.loss is None else s.loss.directions.shape[2]
         qt, qs, qb = scratch("qt", dev, i8, BH, pages, ks.count, N, CHUNK), scratch("qs", dev, f32, BH, G), scratch("qb", dev, f32, BH, pages, G)
@@ -813,11 +821,11 @@ def plan_launches(
         loss, rest = (s.key_norm, s.key_norm) if s.loss is None else (s.loss.directions, s.loss.rest)
         factor, marks, here = float(scaling if s.loss is not None else 0), *((1, hots) if i == 0 else (0, 0))
         shared = dict(D=D, D2=_power(D // 2), LR=LR, HALVES=not layer.table.interleaved and layer.table.rotary_dim == D)
-        add(prepare, (here + marks + _ceil(blocks, bper) * G + _ceil(blocks, per) * parts * G, BH), (
+        add(prepare, (BH, here + marks + blocks * (1 + parts) * (G // GC)), (
             q, table[first:], pairs, s.keys.basis, s.keys.scale, kt.comps, kt.factors, s.keys.offset, loss, rest, s.key_norm, qt, qs, qb, hot.keys, hot.values, hot.keys_scale, hot.values_scale,
             layer.landmark_keys, layer.landmark_values, layer.landmark_slots, step["key"], step["value"], step["mask"], step["length"], me, le, ae,
-            here, marks, E, pages, per, bper, s.keys.layout.rank, len(layer.cold), L, mask_row, room, float(scaling), factor, cap2),
-            dict(H=H, G=G, N=N, GP=max(16, GP), GB=1 if GP * D > 1024 else GP, DP=_power(D), STEPS=ks.count, PB=PB, CT=64, TE=t.hot, TM=_power(L + 1), **shared, **flags), num_warps=t.prepare_warps, num_stages=1)
+            here, marks, E, pages, s.keys.layout.rank, len(layer.cold), L, mask_row, room, float(scaling), factor, cap2),
+            dict(H=H, G=G, GC=GC, N=N, GP=max(16, GP), GB=1 if GP * D > 1024 else GP, DP=_power(D), STEPS=ks.count, PB=PB, CT=64, TE=t.hot, TM=_power(L + 1), **shared, **flags), num_warps=t.prepare_warps, num_stages=1)
         kc, vc, m8, q8 = s.keys.codes, s.values.codes, kt.masks, qt
         if t.gemv: kc, vc, m8, q8 = (x.view(torch.int32) for x in (kc, vc, m8, q8))
         else: kc, vc = kc.view(i8), vc.view(i8)
@@ -871,7 +879,7 @@ def decode_attention(
     if store: _written[hot] = hot.n, weakref.ref(key_states), weakref.ref(hot.keys)
     return step["out"]
 
-# %% ../nbs/05_kernels.ipynb #90d16438
+# %% ../nbs/05_kernels.ipynb #cd72a556
 def has_written(
     tier:HotTier,
     key_states:Tensor, # The very tensor that attention was given
@@ -888,7 +896,7 @@ def write_hot(
     at:int, # Where in the tier
 ) -> bool: # Whether it was done
     "`HotTier.append` of one token in one launch."
-    if triton is None or tier.keys_scale is None or not (key_states.is_cuda or interpreted()) or key_states.shape != value_states.shape: return False
+    if triton is None or key_states.device in _broken or tier.keys_scale is None or not (key_states.is_cuda or interpreted()) or key_states.shape != value_states.shape: return False
     if has_written(tier, key_states, at): return True
     step = dict(key=aligned(key_states), value=aligned(value_states), length=_length(tier, at, key_states.device))
     key, sources = (key_states.dtype, value_states.dtype, key_states.shape), [tier.keys, tier.values, tier.keys_scale, tier.values_scale]
@@ -927,9 +935,39 @@ def _mask_bytes(layer:SpectralLayer, attention_mask:Tensor, B:int): # uint8 `[B,
     _masks[attention_mask.device] = weakref.ref(attention_mask), past, B, out, {id(layer)}
     return out
 
-# %% ../nbs/05_kernels.ipynb #c00298b7
-_broken, _told = set(), set() # Devices on which a kernel failed; reasons that the log has
+# %% ../nbs/05_kernels.ipynb #fa72c060
+def first_head(
+    layer:SpectralLayer,
+) -> SpectralLayer: # Shares its memory
+    "A layer that is the first KV head of the first sequence."
+    out, cut = copy.copy(layer), lambda t: t[:1, :1]
+    out.hot, out.cold = copy.copy(layer.hot), copy.copy(layer.cold)
+    out.hot.map_(cut)
+    out.cold.segments = [replace(s, keys=copy.copy(s.keys), values=copy.copy(s.values), loss=copy.copy(s.loss)) for s in layer.cold.segments]
+    out.cold.map_(cut)
+    out.landmark_keys, out.landmark_values, out.landmark_slots = cut(layer.landmark_keys), cut(layer.landmark_values), layer.landmark_slots[:1]
+    if layer.padding is not None: out.padding = layer.padding[:1]
+    return out
 
+# %% ../nbs/05_kernels.ipynb #c92b4ccb
+_agreed = set() # Kinds of steps in which kernels and PyTorch agreed
+
+def _check(layer, got, query_states, key_states, value_states, attention_mask, scaling, softcap):
+    "Raise if the kernels' output of a kind of step that is new on this device is not what PyTorch gives."
+    dev, group = query_states.device, query_states.shape[1] // key_states.shape[1]
+    kind = dev, query_states.dtype, query_states.shape[3], group, attention_mask is None, softcap is None, len(layer.cold.segments) > 1
+    if kind in _agreed or layer.hot in counters: return
+    mask = None if attention_mask is None else attention_mask[:1]
+    want = attention.attend(first_head(layer), query_states[:1, :group], key_states[:1, :1], value_states[:1, :1], mask, scaling, softcap)[0].float()
+    error = (got[:1, :, :group].float() - want).norm() / want.norm()
+    if want.isfinite().all() and not error < .03: raise RuntimeError(f"its output is {error:.1%} off on {dev}")
+    if has_written(layer.hot, key_states, layer.hot.n):
+        for name, x in (("keys", key_states), ("values", value_states)):
+            held, scale = (getattr(layer.hot, name + end)[0, 0, layer.hot.n].float() for end in ("", "_scale"))
+            if x.isfinite().all() and not ((held * scale - x[0, 0, 0].float()).abs() <= scale).all(): raise RuntimeError(f"a token stored in the hot tier is wrong on {dev}")
+    _agreed.add(kind)
+
+# %% ../nbs/05_kernels.ipynb #6dfcbbbd
 def attend(
     layer:SpectralLayer, # Past tokens
     query_states:Tensor, # **post-RoPE** `[B, heads, q_len, D]`
@@ -944,10 +982,14 @@ def attend(
     if why is None:
         mask = None
         if attention_mask is not None and layer.hot not in counters: mask = _mask_bytes(layer, attention_mask, len(query_states))
-        try: return decode_attention(layer, query_states, key_states, value_states, mask, scaling, softcap, None, True), None
+        try:
+            out = decode_attention(layer, query_states, key_states, value_states, mask, scaling, softcap, None, True)
+            _check(layer, out, query_states, key_states, value_states, attention_mask, scaling, softcap)
+            return out, None
         except (RuntimeError, triton.errors.TritonError) as e:
             if isinstance(e, torch.cuda.OutOfMemoryError): raise
             _broken.add(query_states.device)
+            _written.pop(layer.hot, None)
             warnings.warn(f"a Triton kernel failed on {query_states.device} ({type(e).__name__}: {str(e)[:200]}); attention falls back to PyTorch, with the same results, slower")
     elif why not in _told and why != "more than one query":
         _told.add(why)

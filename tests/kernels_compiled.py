@@ -1,8 +1,8 @@
 "Run by test_kernels.py without a GPU: every kernel builds for sm_75, sm_80 and sm_90; prints registers, stack and shared memory."
-import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 import triton
@@ -52,7 +52,8 @@ for name in sys.argv[2:] or CASES:
         for c, x, turned in ((store.segments[-1].keys, store.key_states(), encode_kernels.factors((cos, sin, store.table.interleaved), q.shape[-1])), (store.segments[-1].values, store.value_states(), None)):
             x = x.to(torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16)
             encode_kernels.launch(x, analysis_together([c])[1][:, :, 0].mT, c.offset, c, turned is None, None if mask is None else torch.ones(len(q), 1, x.shape[2], 1), turned, arch == 75)
-        kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, tuning)
+        for projections in (0, 10 ** 6) if name in ("group4", "dim256") else (512,): # largest and smallest tile of `prepare`
+            kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, replace(tuning, projections=projections))
 for r in Compiled.rows:
     if r["arch"] == 75 or r["kernel"] == "encode": assert r["shared"] <= 48 * 1024, r
     assert r["stack"] <= (768 if r["arch"] == 75 else 256), r # spilled bytes a thread

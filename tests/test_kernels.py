@@ -117,6 +117,21 @@ def test_a_failing_kernel_falls_back_once_and_says_so(monkeypatch):
         assert torch.equal(kernels.attend(layer, q, k, v, mask)[0], want)
 
 
+@needs_triton
+@pytest.mark.parametrize("settings", [dict(), dict(B=3, padding=[0, 100, 300]), dict(softcap=5.), dict(segments=2)])
+def test_a_kernel_with_wrong_numbers_is_noticed_on_first_use(monkeypatch, settings):
+    layer, q, k, v, mask, softcap = case(**settings)
+    want = attention.attend(layer, q, k, v, mask, None, softcap)[0]
+    monkeypatch.setattr(kernels, "unsupported", lambda *_: None)
+    monkeypatch.setattr(kernels, "_broken", set())
+    monkeypatch.setattr(kernels, "_agreed", set())
+    monkeypatch.setattr(kernels, "decode_attention", lambda *_: want * 1.001)
+    assert torch.equal(kernels.attend(layer, q, k, v, mask, None, softcap)[0], want * 1.001)
+    kernels._agreed.clear()
+    monkeypatch.setattr(kernels, "decode_attention", lambda *_: want * 1.1)
+    with pytest.warns(UserWarning, match="10.0% off.*falls back to PyTorch"): assert torch.equal(kernels.attend(layer, q, k, v, mask, None, softcap)[0], want)
+
+
 def test_a_mask_that_is_too_short_is_refused(monkeypatch):
     layer, q, k, v, *_ = case(T=500)
     monkeypatch.setattr(kernels, "unsupported", lambda *_: None)
