@@ -267,13 +267,14 @@ def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, part, E, bh, n_cold, L, m
         tl.store(LE + o, tl.sum(p, 1), mask=g < G)
         tl.store(AE + o[:, None] * D + d[None, :], tl.sum(p[:, :, None] * v[None, :, :], 1), mask=(g < G)[:, None] & dok[None, :])
 
-# %% ../nbs/05_kernels.ipynb #6bf3fd30
+# %% ../nbs/05_kernels.ipynb #4b74fa95
 @jit
 def prepare(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QS, QB, HK, HV, HKS, HVS, LK, LV, LSLOT, NK, NV, MASK, LEN, ME, LE, AE,
             hots:int, marks:int, E:int, pages:int, rank:int, n_cold:int, L:int, mask_row:int, hot_row:int, scaling, loss_factor, cap2,
             H: tl.constexpr, G: tl.constexpr, GC: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, GB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, D2: tl.constexpr, STEPS: tl.constexpr,
-            PB: tl.constexpr, CT: tl.constexpr, LR: tl.constexpr, TE: tl.constexpr, TM: tl.constexpr, HALVES: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr):
+            PB: tl.constexpr, CT: tl.constexpr, LR: tl.constexpr, TE: tl.constexpr, TM: tl.constexpr, HALVES: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr):
     "All that a query does besides reading codes: landmarks and the new token, hot tokens, biases of the pages, projections at each page."
+    if PDL: tl.extra.cuda.gdc_launch_dependents()
     bh = tl.program_id(0)
     pid = tl.program_id(1)
     exact = hots + marks
@@ -310,12 +311,15 @@ def _write(K, V, HK, HV, HKS, HVS, AT, hot_row:int, D: tl.constexpr, DP: tl.cons
         tl.store(HV + to * D + d, q, mask=ok)
         tl.store(HVS + to, scale)
 
-# %% ../nbs/05_kernels.ipynb #03102ef0
+# %% ../nbs/05_kernels.ipynb #343b0360
 @jit
 def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_split:int, marked:int, first_page:int, L:int, wk4:int, WV:int, mask_row:int, cap2,
            H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, KSUB: tl.constexpr, VSUB: tl.constexpr, KOFF: tl.constexpr, VOFF: tl.constexpr, KSTEPS: tl.constexpr, VSTEPS: tl.constexpr,
-           T: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, ASM: tl.constexpr):
+           T: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr):
     "Attention of one query to coded tokens: maximum, sum and sums of value codes of each part."
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     split = tl.program_id(0)
     bh = tl.program_id(1)
     S = tl.num_programs(0)
@@ -387,11 +391,11 @@ def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_s
     tl.store(LO + o, l_run, mask=g < G)
     for i in tl.static_range(VSTEPS): tl.store(AO + (o[None, :] * VSTEPS + i) * 16 + r16[:, None], acc[i], mask=(g < G)[None, :])
 
-# %% ../nbs/05_kernels.ipynb #14d416ef
+# %% ../nbs/05_kernels.ipynb #e55e77b6
 @jit
 def decode_gemv(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_split:int, marked:int, first_page:int, L:int, wk4:int, WV:int, mask_row:int, cap2,
                 H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, KSUB: tl.constexpr, VSUB: tl.constexpr, KOFF: tl.constexpr, VOFF: tl.constexpr, KSTEPS: tl.constexpr, VSTEPS: tl.constexpr,
-                T: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, ASM: tl.constexpr):
+                T: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr):
     "`decode` without tensor cores: all tensors of bytes are read as words of four, codes of keys along components, those of values along tokens."
     split = tl.program_id(0)
     bh = tl.program_id(1)
@@ -473,11 +477,12 @@ def decode_gemv(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, 
         tl.store(LO + o + one, l_run[j])
         for i in tl.static_range(VSTEPS): tl.store(AO + (o * VSTEPS + i) * 16 + r16, acc[j * VSTEPS + i])
 
-# %% ../nbs/05_kernels.ipynb #b2ed2d29
+# %% ../nbs/05_kernels.ipynb #8fcf5855
 @jit
 def merge(MO, LO, AO, ME, LE, AE, BASIS, SCALE, CI, CF, OFFSET, OUT, S:int, have:int, E:int, rank:int,
-          G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, VC: tl.constexpr, VCP: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, SB: tl.constexpr, FINAL: tl.constexpr):
+          G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, VC: tl.constexpr, VCP: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, SB: tl.constexpr, FINAL: tl.constexpr, PDL: tl.constexpr):
     "Sum the parts and turn coefficients of values into DB dimensions of values; unless final, that is one more exact part."
+    if PDL: tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     bh, g = row // G, row % G
     s, e, d, c, sb = tl.arange(0, SP), tl.arange(0, EP), tl.program_id(1) * DB + tl.arange(0, DB), tl.arange(0, VCP), tl.arange(0, SB)
@@ -585,7 +590,7 @@ class Scratch:
 
 scratch = Scratch()
 
-# %% ../nbs/05_kernels.ipynb #781b3fb8
+# %% ../nbs/05_kernels.ipynb #2d1124c1
 @dataclass(frozen=True)
 class Tuning:
     "Sizes of programs. The defaults of `decode` and `merge` were chosen on an H100, those of `prepare` by instructions and registers of its builds; `tools/tune_kernels.py` measures them all."
@@ -600,6 +605,7 @@ class Tuning:
     merge_warps:int=4
     parts:int=64 # Of a tile of `merge`
     dims:int=64 # Of a program of `merge`
+    pdl:bool=False # Kernels wait for the one before by themselves, from sm_90 on: a launch overlaps with its end
     gemv:bool=False # Without tensor cores
 
 T4 = Tuning(tokens=32, programs=320, warps=4, stages=1, pages=16, prepare_warps=4, hot=16, gemv=True)
@@ -781,7 +787,7 @@ def aligned(
     if not x.is_contiguous(): x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
-# %% ../nbs/05_kernels.ipynb #a3fb4261
+# %% ../nbs/05_kernels.ipynb #89093d18
 def plan_launches(
     layer:SpectralLayer,
     step:dict[str, Tensor], # query, key, value, out, mask, length
@@ -801,7 +807,8 @@ def plan_launches(
     E, first, out = hots + len(segments), 0, []
     f32, i8, asm = torch.float32, torch.int8, not interpreted()
     me, le, ae = scratch("me", dev, f32, BH, E, G), scratch("le", dev, f32, BH, E, G), scratch("ae", dev, f32, BH, E, G, D)
-    flags = dict(MASKED=masked, CAP=softcap is not None)
+    flags = dict(MASKED=masked, CAP=softcap is not None, PDL=t.pdl)
+    after = dict(launch_pdl=True) if t.pdl else {}
     mask_row, cap2 = step["mask"].stride(0) if masked else 0, float((softcap or 1.) * LOG2E)
     def add(fn, grid, args, constants, **options):
         names = {id(x): n for n, x in step.items()}
@@ -833,10 +840,10 @@ def plan_launches(
         lengths = pages, split, marked_pages(layer), first, L, kc.shape[-1] * (4 if t.gemv else 1) // (4 * PAGE), vs.width, mask_row
         add(decode_gemv if t.gemv else decode, (S, BH), (*codes, *lengths, cap2), dict(
             H=H, G=G, GP=GP, KSUB=ks.subs, VSUB=vs.subs, KOFF=ks.offsets, VOFF=vs.offsets, KSTEPS=ks.count, VSTEPS=vs.count,
-            T=t.tokens if GP < 16 else min(64, t.tokens), ASM=asm, **flags), num_warps=t.warps, num_stages=t.stages)
+            T=t.tokens if GP < 16 else min(64, t.tokens), ASM=asm, **flags), num_warps=t.warps, num_stages=t.stages, **after)
         add(merge, (BH * G, _ceil(D, t.dims)), (
             mo, lo, ao, me, le, ae, s.values.basis, s.values.scale, vt.comps, vt.factors, s.values.offset, step["out"], S, hots + 1 + i, E, s.values.layout.rank),
-            dict(G=G, D=D, DB=t.dims, VC=vs.count * GROUP, VCP=_power(vs.count * GROUP), SP=_power(S), EP=_power(E), SB=min(t.parts, _power(S)), FINAL=i == len(segments) - 1), num_warps=t.merge_warps)
+            dict(G=G, D=D, DB=t.dims, VC=vs.count * GROUP, VCP=_power(vs.count * GROUP), SP=_power(S), EP=_power(E), SB=min(t.parts, _power(S)), FINAL=i == len(segments) - 1, PDL=t.pdl), num_warps=t.merge_warps, **after)
         first += pages
     return out
 

@@ -24,7 +24,7 @@ class Compiled:
 
     def __getitem__(self, grid): return self.launch
 
-    def launch(self, *args, num_warps=4, num_stages=3, **kw):
+    def launch(self, *args, num_warps=4, num_stages=3, launch_pdl=False, **kw):
         sig, attrs = {}, {}
         for i, (n, v) in enumerate(zip(self.fn.arg_names, args)):
             sig[n] = "*" + TYPES[v.dtype] if isinstance(v, torch.Tensor) else "fp32" if isinstance(v, float) else "i32"
@@ -32,7 +32,7 @@ class Compiled:
         key = self.fn.__name__, self.arch, str(sig), str(kw), num_warps
         if key in self.seen: return
         self.seen.add(key)
-        k = triton.compile(ASTSource(self.fn, {**sig, **dict.fromkeys(kw, "constexpr")}, kw, attrs=attrs), target=GPUTarget("cuda", self.arch, 32), options=dict(num_warps=num_warps, num_stages=num_stages))
+        k = triton.compile(ASTSource(self.fn, {**sig, **dict.fromkeys(kw, "constexpr")}, kw, attrs=attrs), target=GPUTarget("cuda", self.arch, 32), options=dict(num_warps=num_warps, num_stages=num_stages, launch_pdl=launch_pdl))
         path = Path(sys.argv[1]) / f"{self.fn.__name__}.cubin"
         path.write_bytes(k.asm["cubin"])
         used = subprocess.run([cuobjdump, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
@@ -44,7 +44,7 @@ class Compiled:
 for name in ("prepare", "decode", "decode_gemv", "merge"): setattr(kernels, name, Compiled(getattr(kernels, name)))
 encode_kernels.encode = Compiled(encode_kernels.encode)
 for name in sys.argv[2:] or CASES:
-    for arch, tuning in ((75, kernels.T4), (80, kernels.Tuning()), (90, kernels.Tuning())):
+    for arch, tuning in ((75, kernels.T4), (80, kernels.Tuning()), (90, kernels.Tuning()), (90, kernels.Tuning(pdl=True))):
         layer, q, k, v, mask, softcap = case(**CASES[name])
         if arch == 75 and (q.dtype == torch.bfloat16 or q.shape[-1] > 128): continue # no such type there; refused by `unsupported` and `Encoder.can`
         Compiled.arch, Compiled.case, store = arch, name, layer.cold
