@@ -185,7 +185,7 @@ def output_gram(
     W = W / size
     return (W.mT @ W).float() * size.float() ** 2
 
-# %% ../nbs/04_attention.ipynb #cd88807f
+# %% ../nbs/04_attention.ipynb #bf200017
 def sampled_rows(
     n:int, # Queries of the call
     groups:int, # Query heads a key head
@@ -206,7 +206,8 @@ def sample_queries(
     "Queries of a call that stand for those to come."
     at = sampled_rows(query.shape[2], groups, query.device)
     v_dim = getattr(module, "v_head_dim", query.shape[3])
-    return Sample(query[:, :, at].clone(), start + at, output_gram(module, query.shape[1], v_dim, query.device), scaling, softcap)
+    heads, device = query.shape[1], query.device
+    return Sample(query[:, :, at], start + at, lambda: output_gram(module, heads, v_dim, device), scaling, softcap) # made when it is needed
 
 # %% ../nbs/04_attention.ipynb #1939867f
 @torch.no_grad()

@@ -107,7 +107,7 @@ def encode(X, COS, SIN, PARTNER, ANALYSIS, OFFSET, TOP, BASIS, SCALE, PARTS, COU
     tl.store(SUM + (bh * tl.num_programs(0) + tile) * D + d, tl.sum(x * w[:, None], 0), mask=ok)
     tl.store(LOST + bh * tl.num_programs(0) + tile, tl.sum(tl.sum(x * x, 1) * w, 0))
 
-# %% ../nbs/05c_encode_kernels.ipynb #64e1b89d
+# %% ../nbs/05c_encode_kernels.ipynb #35381124
 @lru_cache(16)
 def _partners(
     D:int,
@@ -127,11 +127,14 @@ def factors(
 ) -> tuple[Tensor, Tensor, Tensor]: # cos and sin of each page and dimension `[n / PAGE, D]`, int32 partners `[D]`
     "What turns keys back to the anchors of their pages."
     cos, sin, interleaved = angles
+    if (held := getattr(cos, "_factors", None)) is not None: return held # made for another layer
+    made_of = cos
     pair, partner, sign = _partners(D, 2 * cos.shape[-1], interleaved, cos.device)
     cos, sin = (o[::PAGE][:, pair] for o in (cos, sin))
-    return torch.where(sign != 0, cos, 1.).contiguous(), (-sin * sign).contiguous(), partner
+    made_of._factors = torch.where(sign != 0, cos, 1.).contiguous(), (-sin * sign).contiguous(), partner
+    return made_of._factors
 
-# %% ../nbs/05c_encode_kernels.ipynb #897e98e7
+# %% ../nbs/05c_encode_kernels.ipynb #fc8418c8
 @lru_cache(256)
 def _tops(layout:Layout, device:torch.device) -> Tensor: # Largest code of each component `[rank]`
     return (2. ** layout.components(layout.rank) - 1).to(device)
@@ -159,7 +162,7 @@ def launch(
     if weight is not None: weight = weight.expand(B, -1, n, 1).contiguous()
     cos, sin, partner = angles or (offset, offset, count)
     w = offset if weight is None else weight
-    with torch.cuda.device(dev) if x.is_cuda else nullcontext():
+    with torch.cuda.device(dev) if dev.type == "cuda" else nullcontext():
         encode[tiles, B * H](x, cos, sin, partner, analysis, offset, _tops(layout, dev), basis, scale, parts, count, w, out, sums, lost,
             *x.stride()[:3], *analysis.stride(), 0 if weight is None else weight.stride(0), 0 if weight is None or weight.shape[1] == 1 else n, basis.stride(0), scale.stride(0), width, len(count), pages, .5 if middle else 0.,
             H=H, D=D, DP=1 << (D - 1).bit_length(), T=T, NB=BYTES, TURN=angles is not None, BY_BYTE=coded.by_byte, WEIGHTED=weight is not None, num_warps=8 if small else 4, num_stages=1)

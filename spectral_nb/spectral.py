@@ -160,7 +160,7 @@ DISTORTION = {0: 1., 1: .3634, 2: .1188, 3: .03744, 4: .01154, 5: .003495, 6: .0
 STEP = {1: 1.5958, 2: .9957, 3: .586, 4: .3352, 5: .1881, 6: .1041, 8: .0335}
 STEP_SEARCH = (.6, .7, .8, .9, 1., 1.1, 1.25, 1.45) # Multiples of the Gaussian step that are tried
 
-# %% ../nbs/02b_spectral.ipynb #9c323310
+# %% ../nbs/02b_spectral.ipynb #9bde1ab1
 def best_step(
     y:Tensor, # Coefficients `[..., n, k]`, zero mean
     bits:int|Tensor, # Of all components, or of each (broadcastable to `[..., 1, k]`)
@@ -173,12 +173,15 @@ def best_step(
     outermost = 2. ** (bits - 1) - .5 # level, in steps
     y = (y * (weight > 0)).abs_()
     sd = (weight.mT @ y.square() / weight.sum(-2, keepdim=True).clamp_min(1)).sqrt().clamp_min(1e-12)
-    best, least = sd * gaussian, torch.full_like(sd, torch.inf)
+    if y.is_cuda: y = (y / sd).half() # numbers of about one: half the bytes
+    else: y = y / sd
+    errors = []
     for m in STEP_SEARCH:
-        step = sd * gaussian * m
-        err = weight.mT @ (y / step).floor_().add_(.5).clamp_(max=outermost).mul_(step).sub_(y).square_()
-        best, least = torch.where(err < least, step, best), torch.minimum(err, least)
-    return best
+        u = y / (gaussian * m).to(y.dtype)
+        missed = u.floor().clamp_(max=outermost - .5).sub_(u).add_(.5).square_()
+        errors.append((weight.mT.to(y.dtype) @ missed) * (m * m))
+    best = torch.stack(errors).argmin(0)
+    return sd * gaussian * torch.tensor(STEP_SEARCH, device=y.device)[best]
 
 def quantize(
     y:Tensor, # Coefficients in steps
@@ -279,13 +282,13 @@ def query_at_anchors(
     cos, sin = table.rows(start + PAGE * torch.arange(0, pages, skip, device=query_states.device) + PAGE // 2)
     return turn(query_states[:, :, None], cos[:, None], -sin[:, None], table.interleaved)
 
-# %% ../nbs/02b_spectral.ipynb #ead3aed0
+# %% ../nbs/02b_spectral.ipynb #88b97081
 @dataclass
 class Sample:
     "Queries of one layer that stand for those to come."
     queries:Tensor # **post-RoPE** `[B, heads, q, D]`
     slots:Tensor # Where they are `[q]`, or of each row `[B, q]`
-    gram:Tensor # Metric of each head's output `[heads, Dv, Dv]`, or of each row `[B, heads, Dv, Dv]`
+    gram:object # Metric of each head's output `[heads, Dv, Dv]`, or of each row `[B, heads, Dv, Dv]`; or a function that gives it
     scaling:float
     softcap:float|None=None
 
@@ -298,34 +301,39 @@ class Sensitivity:
     share:Tensor # Of the attention that coded tokens receive `[B, H, n, 1]`, sum 1
     queries:Tensor # Second moment of queries at anchors `[B, H, D, D]`
 
-# %% ../nbs/02b_spectral.ipynb #a20a37c5
+# %% ../nbs/02b_spectral.ipynb #a6f500c2
 @torch.no_grad()
 def sensitivity(
     sample:Sample,
-    key_states:Tensor, # All keys so far **post-RoPE** `[B, H, T, D]`
-    value_states:Tensor, # `[B, H, T, Dv]`
+    key_states:Tensor|list[Tensor], # All keys so far **post-RoPE** `[B, H, T, D]`, or several such, to be taken as rows of one batch
+    value_states:Tensor|list[Tensor], # `[B, H, T, Dv]`
     weight:Tensor, # 0 for tokens that are not coded `[B, 1, n, 1]`
     start:int, # Slot of the first key
     table:RopeTable,
     dtype:torch.dtype|None=None, # Of large products; default: that of the keys, float32 on a CPU
 ) -> Sensitivity: # For the first `n` tokens
     "Metrics of keys and values, from the attention of sampled queries."
-    B, H, T, D = key_states.shape
-    n, q, dtype = weight.shape[2], sample.queries.shape[2], dtype or (key_states.dtype if key_states.is_cuda else torch.float32)
-    k, v, queries = key_states.to(dtype), value_states.to(dtype), sample.queries.reshape(B, H, -1, D)
-    s = (queries * sample.scaling).to(dtype) @ k.mT
-    if sample.softcap is not None: s = sample.softcap * torch.tanh(s / sample.softcap)
-    late = torch.arange(start, start + T, device=k.device) > sample.slots[..., None]
-    a = torch.softmax(s.view(B, H, -1, q, T).masked_fill_(late.view(-1, 1, 1, q, T), torch.finfo(dtype).min), -1).flatten(2, 3)
-    del s
-    out = (a @ v).float().view(B, H, -1, q, v.shape[-1])
+    keys, values = ([x] if isinstance(x, Tensor) else x for x in (key_states, value_states))
+    (_, H, T, D), B, first = keys[0].shape, len(weight), keys[0]
+    n, q, dtype = weight.shape[2], sample.queries.shape[2], dtype or (first.dtype if first.is_cuda else torch.float32)
+    queries, late = sample.queries.reshape(B, H, -1, D), torch.arange(start, start + T, device=first.device) > sample.slots[..., None]
+    scaled, late = (queries * sample.scaling).to(dtype).chunk(len(keys)), late.expand(B, q, T).chunk(len(keys))
+    a, out = first.new_empty(B, H, queries.shape[2], T, dtype=dtype), first.new_empty(B, H, queries.shape[2], values[0].shape[3], dtype=dtype)
+    for sq, k, v, hidden, p, o in zip(scaled, keys, values, late, a.chunk(len(keys)), out.chunk(len(keys))): # scores of one layer at a time
+        s = sq @ k.to(dtype).mT
+        if sample.softcap is not None: s = sample.softcap * torch.tanh(s / sample.softcap)
+        torch.softmax(s.unflatten(2, (-1, q)).masked_fill_(hidden[:, None, None], torch.finfo(dtype).min).flatten(2, 3), -1, out=p)
+        torch.matmul(p, v.to(dtype), out=o)
+    del s, sq, scaled
+    out = out.float().unflatten(2, (-1, q))
     share = a[..., :n].sum(2, dtype=torch.float32)[..., None] * weight
     share = torch.where(share.sum(-2, keepdim=True) > 0, share, weight)
     share = share / share.sum(-2, keepdim=True).clamp_min(1e-30)
     skip = max(1, -(-n // (PAGE * MOST_ANCHORS))) # long prompts: metrics from every second page, and so on
     some = lambda x, dim: x.narrow(dim, 0, n).unflatten(dim, (-1, PAGE)).movedim(dim, 0)[::skip].movedim(0, dim)
-    a, v = some(a, 3) * some(weight.to(dtype), 2)[:, :, None, ..., 0], some(v, 2).flatten(2, 3)
-    G = sample.gram.float().view(-1, H, out.shape[2], *sample.gram.shape[-2:])
+    a, v = some(a, 3) * some(weight.to(dtype), 2)[:, :, None, ..., 0], torch.cat([some(v.to(dtype), 2) for v in values]).flatten(2, 3)
+    G = sample.gram() if callable(sample.gram) else sample.gram
+    G = G.float().view(-1, H, out.shape[2], *G.shape[-2:])
     size = G.diagonal(dim1=-2, dim2=-1).mean((1, 2, 3)).clamp_min(1e-30).view(-1, 1, 1, 1, 1)
     near = v.mean(2, keepdim=True, dtype=torch.float32)[:, :, None] # without the mean, and no number above one: distances in half precision
     vc, oc, Gn = v[:, :, None] - near.to(dtype), out - near, G / size
@@ -335,11 +343,11 @@ def sensitivity(
     pair = lambda x: (x.to(dtype), (x - x.to(dtype)).to(dtype)) # a number and its rounding error
     ones = lambda x: x.new_ones(1, dtype=dtype).expand(*x.shape[:-1], 2)
     moved = torch.cat([(-2 * oG).to(dtype), ones(oG), *pair((oG * oc).sum(-1, keepdim=True))], -1) @ torch.cat([vc.expand(*vG.shape[:-1], -1), *pair(vG), ones(vG)], -1).mT
-    moved = moved.flatten(2, 3).view_as(a).float().clamp_min_(0).mul_(a).mul_(a).sum(-1).mul_(skip)
+    moved = moved.clamp_min_(0).flatten(2, 3).view_as(a).float().mul_(a).mul_(a).sum(-1).mul_(skip)
     at = query_at_anchors(queries, start, n // PAGE, table, skip).flatten(2, 3)
-    keys = (at * moved.mT.flatten(2)[..., None]).mT @ at * (size[..., 0] * sample.scaling ** 2 / q)
+    metric = (at * moved.mT.flatten(2)[..., None]).mT @ at * (size[..., 0] * sample.scaling ** 2 / q)
     received = torch.linalg.vector_norm(a.unflatten(2, (-1, q)), dim=(3, 4, 5), dtype=torch.float32).square()
-    return Sensitivity(keys, (received[..., None, None] * G).sum(2) * (skip / q), share, at.mT @ at / at.shape[2])
+    return Sensitivity(metric, (received[..., None, None] * G).sum(2) * (skip / q), share, at.mT @ at / at.shape[2])
 
 # %% ../nbs/02b_spectral.ipynb #a9cb42ab
 @dataclass
@@ -398,7 +406,7 @@ def allocate(
     given = np.split(widths[pick].astype(int), np.cumsum([len(c) for c in costs])[:-1])
     return [Layout(tuple(b for b in sorted(g.tolist(), reverse=True) if b)) for g in given]
 
-# %% ../nbs/02b_spectral.ipynb #5be3b3b2
+# %% ../nbs/02b_spectral.ipynb #050e4d08
 @dataclass
 class Quantizer:
     "How states become codes, and what a code stands for: all components, those of 0 bits included, `[B, H, ...]`."
@@ -421,15 +429,16 @@ class Quantizer:
         "Search steps, and fold them into the rows."
         bits = bits[:, None, None]
         top = 2. ** bits - 1
-        y = (x - s.mean) @ s.analysis
+        x = x - s.mean
+        y = x @ s.analysis
         step = best_step(y, bits, weight)
         rows = s.synthesis * step.mT
         scale = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
         basis = (rows / scale).round_()
         codes = (y / step + top / 2).round_().clamp_(min=torch.zeros_like(top)).minimum(top)
-        lost = moments(x - s.mean - (codes - top / 2) @ (basis * scale), weight)[1]
+        lost = moments(x - (codes - top / 2) @ (basis * scale), weight)[1]
         analysis = s.analysis / step
-        spread = ((x - s.mean).square() * weight).sum((1, 2, 3)) / (x.shape[1] // weight.shape[1] * weight.sum((1, 2, 3))).clamp_min(1)
+        spread = (x.square() * weight).sum((1, 2, 3)) / (x.shape[1] // weight.shape[1] * weight.sum((1, 2, 3))).clamp_min(1)
         return cls(analysis, top / 2 - s.mean @ analysis, top, basis.to(torch.int8), scale, lost, lost.diagonal(dim1=-2, dim2=-1).sum(-1).mean(-1), spread)
 
     def codes(self,
@@ -622,7 +631,7 @@ def together(
             for i, o in zip(part, zip(*(t.chunk(len(part)) for t in f(*(torch.cat([a[i] for i in part]) for a in args))))): out[i] = o
     return out
 
-# %% ../nbs/02b_spectral.ipynb #47008a7d
+# %% ../nbs/02b_spectral.ipynb #10519499
 @dataclass
 class Measured:
     "What is known of one layer whose tokens are to be coded."
@@ -637,6 +646,7 @@ class Measured:
     quantizers:tuple[Quantizer, Quantizer]|None=None
     loss:"Loss|None"=None
     layouts:tuple[Layout, Layout]|None=None
+    limits:Tensor|None=None # Of `Segment`, still on the device
 
 # %% ../nbs/02b_spectral.ipynb #0a9998f5
 @dataclass
@@ -664,7 +674,7 @@ class Segment:
             for n, t in (vars(o).items() if o is not None else ()):
                 if isinstance(t, Tensor): setattr(o, n, f(t))
 
-# %% ../nbs/02b_spectral.ipynb #92f37e74
+# %% ../nbs/02b_spectral.ipynb #6b780cda
 class SpectralStore:
     "Cold tokens of one layer under spectral coding: segments of pages."
     page = PAGE
@@ -701,8 +711,7 @@ class SpectralStore:
         m, self.measured, self.drifted = self.measured, None, 0
         turned = *(angles or anchor_angles(len(self), key_states.shape[2], self.table, key_states.device)), self.table.interleaved
         coded = [Coded.fit(s, x, m.weight, m.sensitivity.share, l, q, t is None, t, self.config.kernel != "torch") for s, x, l, q, t in zip(m.spectra, (key_states, value_states), m.layouts, m.quantizers, (turned, None))]
-        limits = torch.stack([self.config.drift * q.error.mean() + .05 * q.spread.mean() for q in m.quantizers])
-        self.segments.append(Segment(*coded, m.loss, m.scaling or 1., limits))
+        self.segments.append(Segment(*coded, m.loss, m.scaling or 1., m.limits))
 
     def append(self,
         key_states:Tensor, # **post-RoPE** `[B, H, n * page, D]`
@@ -770,7 +779,7 @@ class SpectralStore:
             n -= len(s); kept.append(s)
         self.segments = kept
 
-# %% ../nbs/02b_spectral.ipynb #d08ccb09
+# %% ../nbs/02b_spectral.ipynb #15d9243a
 @torch.no_grad()
 def measure_together(
     stores:list[SpectralStore], # With as many tokens
@@ -778,7 +787,7 @@ def measure_together(
     states:list[tuple[Tensor, Tensor]], # All exact keys **post-RoPE** `[B, H, T, D]` and values of each
     weights:list[Tensor], # For the first n of them `[B, 1, n]`
     angles:tuple[Tensor, Tensor]|None=None, # From `anchor_angles`
-    most:int|None=None, # Numbers of a matrix of queries by tokens; default: 64 MiB in half precision on a GPU, 4 MiB on a CPU
+    most:int|None=None, # Numbers of a matrix of queries by tokens; default: 128 MiB in half precision on a GPU, 4 MiB on a CPU
 ):
     "`SpectralStore.measure` of several layers, in as few calls as shapes and memory allow."
     groups = defaultdict(list)
@@ -786,7 +795,7 @@ def measure_together(
     for (shape, *_, device, _, _), members in groups.items():
         first = samples[members[0]]
         rows = shape[0] * shape[2] * (shape[1] * shape[3] if first is None else first.queries.shape[1] * first.queries.shape[2])
-        step = max(1, (most or 2 ** (20 if device.type == "cpu" else 25)) // rows)
+        step = max(1, (most or 2 ** (20 if device.type == "cpu" else 26)) // rows)
         for at in range(0, len(members), step): _measure(*([o[i] for i in members[at:at + step]] for o in (stores, samples, states, weights)), angles)
 
 def _measure(stores, samples, states, weights, angles):
@@ -803,15 +812,15 @@ def _measure(stores, samples, states, weights, angles):
         s = Sensitivity(eye(keys), eye(values), (weight / weight.sum(2, keepdim=True).clamp_min(1)).expand(*keys.shape[:2], -1, -1), eye(keys))
     else:
         row = lambda x, dims: x if x.ndim == dims else x.expand(B, *x.shape) # what belongs to a layer, for each row of its batch
-        sample = Sample(join([o.queries for o in samples]), join([row(o.slots, 2) for o in samples]), join([row(o.gram, 4) for o in samples]), first.scaling, first.softcap)
-        s = sensitivity(sample, *(join([pair[i] for pair in states]) for i in range(2)), weight, start, table)
+        sample = Sample(join([o.queries for o in samples]), join([row(o.slots, 2) for o in samples]), join([row(o.gram() if callable(o.gram) else o.gram, 4) for o in samples]), first.scaling, first.softcap)
+        s = sensitivity(sample, *map(list, zip(*states)), weight, start, table)
     found, fine = [moments(x, weight[:, :, ::stride]) for x in (keys, values)], max(1, keys.shape[2] // STEP_TOKENS)
     held = tuple(x[:, :, ::fine].to(kind, copy=True) for x in (keys, values))
     for i, o in enumerate(stores):
         at = lambda x: x[i * B:i * B + B]
         o.measured = Measured(None if samples[i] is None else samples[i].scaling, samples[i] is None or samples[i].softcap is not None, at(weight), Sensitivity(*map(at, vars(s).values())), [tuple(map(at, m)) for m in found], tuple(map(at, held)), stride * fine)
 
-# %% ../nbs/02b_spectral.ipynb #31ec7c34
+# %% ../nbs/02b_spectral.ipynb #577422d3
 @torch.no_grad()
 def fit_bases(
     stores:list[SpectralStore], # All measured
@@ -842,7 +851,9 @@ def plan(
             at += D
         m.states = None
     quantizers = [Quantizer(*o) for o in together(lambda x, w, *a: vars(Quantizer.fit(x.float(), w, Spectrum(*a[:4]), a[4])).values(), *zip(*jobs))]
-    for i, o in enumerate(stores): o.measured.quantizers, o.measured.layouts = quantizers[2 * i:2 * i + 2], layouts[2 * i:2 * i + 2]
+    error, spread = (torch.stack([getattr(q, n).to(bits.device) for q in quantizers]).mean(-1) for n in ("error", "spread"))
+    limits = (stores[0].config.drift * error + .05 * spread).view(-1, 2)
+    for i, o in enumerate(stores): o.measured.quantizers, o.measured.layouts, o.measured.limits = quantizers[2 * i:2 * i + 2], layouts[2 * i:2 * i + 2], limits[i]
     soft = [o.measured for o in stores if not o.measured.hard]
     if soft:
         for m, loss in zip(soft, together(lambda *a: vars(Loss.fit(*a)).values(), [m.quantizers[0].lost for m in soft], [m.sensitivity.queries for m in soft])): m.loss = Loss(*(t.clone() for t in loss))
@@ -852,7 +863,7 @@ def settle(
 ):
     "Read the limits of new segments from the device, once for all layers."
     last = [o.segments[-1] for o in stores]
-    for s, limits in zip(last, torch.stack([s.limits.to(last[0].limits.device) for s in last]).tolist()): s.limits = tuple(limits)
+    for s, limits in zip(last, torch.stack([s.limits for s in last]).tolist()): s.limits = tuple(limits)
 
 # %% ../nbs/02b_spectral.ipynb #ea65d5c4
 @torch.no_grad()

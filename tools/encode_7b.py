@@ -1,6 +1,6 @@
 """Time and peak memory of spectral coding beside the prefill of a Mistral-7B shape (random weights), by stage: nbs/results/encode_7b.json.
 
-python tools/encode_7b.py [result.json] needs a GPU of 24 GB; `--small` runs a small shape, on a CPU too.
+With the encoding kernel and without. python tools/encode_7b.py [result.json] needs a GPU of 24 GB; `--small` runs a small shape, on a CPU too.
 """
 import json
 import statistics
@@ -12,7 +12,7 @@ from collections import defaultdict
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
-from spectral_nb import attention, cache, spectral
+from spectral_nb import attention, cache, encode_kernels, spectral
 from spectral_nb.cache import SpectralCache
 from spectral_nb.info import stamp
 
@@ -20,11 +20,11 @@ SMALL, CUDA = "--small" in sys.argv, torch.cuda.is_available()
 DEVICE, TOKENS = "cuda" if CUDA else "cpu", 1024 if SMALL else 8192
 SHAPE = dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
 if SMALL: SHAPE |= dict(vocab_size=1000, hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
-STAGES = [(cache.SpectralCache, "fit", "all of the encoding"), (attention, "sample_queries", "sample queries, Gram of o_proj"), (cache, "check_finite", "finite?"),
+STAGES = [(cache.SpectralCache, "fit", "all of the encoding"), (attention, "sample_queries", "sample queries"), (attention, "output_gram", "  Gram of o_proj"), (cache, "check_finite", "finite?"),
           (spectral, "sensitivity", "sensitivity"), (cache, "measure_together", "  with turned sample"), (cache, "fit_bases", "bases (decorrelate)"),
           (spectral, "decorrelate", "  decorrelate alone"), (cache, "allocate", "allocate (CPU)"), (cache, "plan", "steps, quantizers, loss"),
           (spectral, "best_step", "  step search alone"), (spectral.SpectralStore, "start", "code all tokens"), (spectral, "to_anchor", "  turn keys"),
-          (spectral.Layout, "pack", "  pack"), (cache.HotTier, "to_int8", "hot tokens to int8"), (cache, "settle", "read limits")]
+          (spectral.Layout, "pack", "  pack"), (encode_kernels, "launch", "  encoding kernel"), (cache, "to_int8", "hot tokens to int8"), (cache, "settle", "read limits")]
 
 
 def wait():
@@ -84,19 +84,20 @@ def main():
     torch.set_default_dtype(torch.float32)
     ids, rows, stages = torch.randint(0, SHAPE["vocab_size"], (1, TOKENS), device=DEVICE), [], []
     weights = [(1., 1.)] * SHAPE["num_hidden_layers"]
-    for name, impl, make in (("dense", "sdpa", lambda: DynamicCache(config=config)), ("spectral:8x", "spectral", lambda: SpectralCache(config, coding="spectral", ratio=8., layer_weights=weights))):
+    compressed = lambda kernel: lambda: SpectralCache(config, coding="spectral", ratio=8., kernel=kernel, layer_weights=weights)
+    for name, impl, make in (("dense", "sdpa", lambda: DynamicCache(config=config)), ("spectral:8x, PyTorch", "spectral", compressed("torch")), ("spectral:8x", "spectral", compressed("auto"))):
         model.set_attn_implementation(impl)
         runs = []
         for _ in range(2 if SMALL else 6): *run, held = prefill(model, make, ids); runs.append(run); ratio = getattr(held, "ratio", 1.); del held
         rows.append(dict(codec=name, tokens=TOKENS, prefill_ms=round(1e3 * statistics.median(r[0] for r in runs[1:]), 1), all_ms=[round(1e3 * r[0], 1) for r in runs],
                          peak_mib_above_weights=round(min(r[1] for r in runs[1:]) / 2**20, 1), ratio=round(ratio, 3)))
         print(rows[-1], flush=True)
-        if name != "dense": stages = by_stage(model, make, ids)
-    a, b = rows
+        if name != "dense": stages += [dict(codec=name, **s) for s in by_stage(model, make, ids)]
+    a, _, b = rows
     summary = dict(encode_ms=round(b["prefill_ms"] - a["prefill_ms"], 1), share_of_prefill_pct=round(100 * (b["prefill_ms"] / a["prefill_ms"] - 1), 1),
-                   peak_mib_above_dense=round(b["peak_mib_above_weights"] - a["peak_mib_above_weights"], 1))
+                   kernel_used=bool(encode_kernels.encoder.trusted) and not encode_kernels.encoder.failed, peak_mib_above_dense=round(b["peak_mib_above_weights"] - a["peak_mib_above_weights"], 1))
     print(summary, flush=True)
-    for s in stages: print(f"{s['stage']:32} {s['ms']:9.2f} ms {s['calls']:5} calls", flush=True)
+    for s in stages: print(f"{s['codec']:22} {s['stage']:32} {s['ms']:9.2f} ms {s['calls']:5} calls", flush=True)
     del model
     alone = solvers()
     for r in alone: print(r, flush=True)

@@ -1,6 +1,6 @@
 """What coding a prompt, and a page of all layers, asks of a GPU, counted without one: launches, arithmetic, bytes moved and peak memory by stage, on tensors that have shapes and no numbers.
 
-python tools/encode_count.py [result.json] [--tokens=8192] [--layers=32] [--batch=1]. The milliseconds are what 8 us a launch on the host, 2.5 TB/s and 40 TFLOP/s come to: an estimate, no measurement.
+python tools/encode_count.py [result.json] [--tokens=8192] [--layers=32] [--batch=1] [--torch] [--once] [--names [--bytes]]: without the Triton kernel; without a first pass that makes tables; each operation. The milliseconds are what 8 us a launch on the host, 2.5 TB/s, 40 TFLOP/s in float32 and 400 in float16 come to: an estimate, no measurement.
 """
 import json
 import sys
@@ -19,11 +19,11 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
 from encode_7b import STAGES
-from spectral_nb import attention, cache, spectral
+from spectral_nb import attention, cache, encode_kernels, spectral
 from spectral_nb.cache import SpectralCache
 from spectral_nb.info import stamp
 
-HOST_US, BANDWIDTH, FLOPS = 8., 2.5e12, 40e12
+HOST_US, BANDWIDTH, FLOPS, HALF_FLOPS = 8., 2.5e12, 40e12, 400e12
 FREE = {"prim::device"} | {"aten::" + n for n in "view reshape slice transpose t permute expand unsqueeze squeeze select split split_with_sizes unbind alias detach as_strided _unsafe_view unfold diagonal empty new_empty empty_like empty_strided lift_fresh chunk narrow".split()}
 
 
@@ -31,19 +31,24 @@ class Counter(TorchDispatchMode):
     "Counts what is dispatched, by stage, and the bytes of storages that are alive."
     def __init__(self): super().__init__(); self.names = Counts(); self.rows, self.stages, self.live, self.now, self.peak, self.at, self.base = defaultdict(lambda: dict(ops=0, flops=0, bytes=0, us=0.)), ["all"], {}, 0, 0, "", 0
 
+    def __enter__(self): Counter.current = self; return super().__enter__()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         ins, outs = ([t for t in tree_leaves(x) if isinstance(t, torch.Tensor)] for x in ((args, kwargs), out))
         for t in outs: self.hold(t)
         if func._schema.name not in FREE:
             packet = func._overloadpacket
-            flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out) if packet in flop_registry else 0
-            moved = sum(t.numel() * t.element_size() for t in ins + outs)
-            self.names[self.stages[-1], func._schema.name] += moved / 1e9 if "--bytes" in sys.argv else 1
-            for stage in set(self.stages):
-                r = self.rows[stage]
-                r["ops"] += 1; r["flops"] += flops; r["bytes"] += moved; r["us"] += max(HOST_US, 1e6 * max(moved / BANDWIDTH, flops / FLOPS))
+            self.add(func._schema.name, ins, outs, flop_registry[packet](*args, **(kwargs or {}), out_val=out) if packet in flop_registry else 0, outs[0].dtype if outs else None)
         return out
+
+    def add(self, name, ins, outs, flops, dtype):
+        "One operation."
+        moved = sum(t.numel() * t.element_size() for t in ins + outs)
+        self.names[self.stages[-1], name] += moved / 1e9 if "--bytes" in sys.argv else 1
+        for stage in set(self.stages):
+            r = self.rows[stage]
+            r["ops"] += 1; r["flops"] += flops; r["bytes"] += moved; r["us"] += max(HOST_US, 1e6 * max(moved / BANDWIDTH, flops / (HALF_FLOPS if dtype in (torch.float16, torch.bfloat16) else FLOPS)))
 
     def hold(self, t):
         s = t.untyped_storage()
@@ -69,6 +74,19 @@ class Counter(TorchDispatchMode):
             for o in undo: setattr(*o)
 
 
+class Launches(encode_kernels.Encoder):
+    "The encoding kernel, believed; a launch counts as one operation that reads states and writes codes."
+    def can(self, x, layout): return layout.rank > 0
+
+    def run(self, x, kind, by_kernel, by_torch, layout): return by_kernel()
+
+
+class Kernel:
+    def __getitem__(self, grid): return self
+
+    def __call__(self, *args, **kw): Counter.current.add("encode", [], [args[0], *args[12:15]], 3 * 2 * args[0].numel() * kw["D"], torch.float16)
+
+
 def given(pools, budget, floor=0.):
     "In place of `allocate`, which reads variances: what Mistral's shape gets at 8x, about."
     return [spectral.Layout((4, 3, 3, 2, 2, 1, 1) if i % 2 else (5, 4, 3, 2, 2, 1, 1)) for i, _ in enumerate(pools)]
@@ -76,9 +94,11 @@ def given(pools, budget, floor=0.):
 
 def unread():
     "What a GPU would do otherwise: its choices of dtypes and sizes, and reads of the device, which have no answer here."
+    encode_kernels.encode, cache.HotTier.write = Kernel(), lambda tier, *new: True # a launch each
     FakeTensor.is_cuda = property(lambda self: True)
     spectral.together = partial(spectral.together, most=2 ** 23)
     cache.measure_together = partial(cache.measure_together, most=2 ** 25)
+    spectral.Coded.kernel = Launches() if "--torch" not in sys.argv else None
     cache.allocate, cache.check_finite = given, lambda parts: None
     cache.settle = lambda stores: [setattr(o.segments[-1], "limits", (1e9, 1e9)) for o in stores]
     def add_pages(stores, pages, errors):
@@ -105,11 +125,13 @@ def count(tokens, layers, batch=1, hidden=4096, intermediate=14336, heads=32, kv
         ids = torch.randint(0, 32000, (batch, tokens))
         for name, impl, make in (("dense", "sdpa", lambda: DynamicCache(config=config)), ("spectral", "spectral", lambda: SpectralCache(config, coding="spectral", ratio=8., layer_weights=[(1., 1.)] * layers))):
             model.set_attn_implementation(impl)
-            for _ in range(2): # the second time tables are there
-                held, c = make(), Counter()
+            for _ in range(1 if "--once" in sys.argv else 2): # the second time tables are there
+                c = Counter()
                 for t in (*model.parameters(), *model.buffers()): c.hold(t)
                 c.base = c.now
-                with c, c.watching(STAGES if impl == "spectral" else []): model(ids, past_key_values=held, logits_to_keep=1)
+                with c, c.watching(STAGES if impl == "spectral" else []):
+                    held = make()
+                    model(ids, past_key_values=held, logits_to_keep=1)
             out[name] = c
         page = [(cache, "freeze_page", "a page of all layers"), (cache, "code_pages", "  codes"), (cache, "add_pages", "  added"), (cache.HotTier, "drop", "  hot tokens dropped")]
         new = [torch.randn(batch, kv_heads, 1, head_dim, dtype=torch.float16) for _ in range(2)]

@@ -49,7 +49,7 @@ def encoding():
     d = load("encode_7b")
     parts = [table(["codec", "prompt, tokens", "prefill, ms", "peak above the weights, MiB"], [[r["codec"], r["tokens"], r["prefill_ms"], r["peak_mib_above_weights"]] for r in d["rows"]])]
     if "stages" in d: parts += ["By stage, with a wait for the device around each (so that they add up to more than the whole; indented ones are part of the line above):",
-                                table(["stage", "ms", "calls"], [[s["stage"].replace("  ", "&nbsp;&nbsp;"), s["ms"], s["calls"]] for s in d["stages"]])]
+                                table(["stage", "ms", "calls"], [[s["stage"].replace("  ", "&nbsp;&nbsp;"), s["ms"], s["calls"]] for s in d["stages"] if s.get("codec", "spectral:8x") == "spectral:8x"])]
     return "\n\n".join([*parts, source(d)])
 
 
