@@ -821,6 +821,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'spectral_nb.speed.coded_layer': ('speed.html#coded_layer', 'spectral_nb/speed.py'),
                                    'spectral_nb.speed.copy_bandwidth': ('speed.html#copy_bandwidth', 'spectral_nb/speed.py'),
                                    'spectral_nb.speed.decode_ms': ('speed.html#decode_ms', 'spectral_nb/speed.py'),
+                                   'spectral_nb.speed.decode_row': ('speed.html#decode_row', 'spectral_nb/speed.py'),
                                    'spectral_nb.speed.dense_us': ('speed.html#dense_us', 'spectral_nb/speed.py'),
                                    'spectral_nb.speed.filled_cache': ('speed.html#filled_cache', 'spectral_nb/speed.py'),
                                    'spectral_nb.speed.graph_us': ('speed.html#graph_us', 'spectral_nb/speed.py'),

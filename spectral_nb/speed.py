@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MISTRAL_7B', 'TINY', 'GPU_JOBS', 'BENCHES', 'graph_us', 'copy_bandwidth', 'coded_layer', 'dense_us',
-           'bench_attention', 'clocks', 'random_model', 'filled_cache', 'decode_ms', 'bench_decode', 'page_ms',
-           'bench_encode']
+           'bench_attention', 'clocks', 'random_model', 'filled_cache', 'decode_ms', 'decode_row', 'bench_decode',
+           'page_ms', 'bench_encode']
 
-# %% ../nbs/14b_speed.ipynb #57dead0c
+# %% ../nbs/14b_speed.ipynb #bc3d6b83
 import copy
 import subprocess
 import time
@@ -22,7 +22,9 @@ from . import attention, encode_kernels, kernels
 from .bench import BENCHES, timed_ms
 from .cache import SpectralCache, SpectralLayer, fit_layers, freeze_page
 from .codec import SpectralConfig
+from .evaluate import cache_bytes
 from .graph import DecodeGraph
+from .peers import quantized_cache
 from .rope import RopeTable
 from .spectral import Coded, Sample
 
@@ -155,11 +157,11 @@ def random_model(
         try: return AutoModelForCausalLM.from_config(MistralConfig(**shape)).eval()
         finally: torch.set_default_dtype(old)
 
-# %% ../nbs/14b_speed.ipynb #5662c592
+# %% ../nbs/14b_speed.ipynb #a4463ad1
 @torch.no_grad()
 def filled_cache(
     model,
-    kind:str, # dynamic, static or spectral
+    kind:str, # dynamic, static, quantized (transformers' QuantizedCache, 4 bits by quanto) or spectral
     batch:int,
     tokens:int,
     ratio:float=8.,
@@ -176,12 +178,12 @@ def filled_cache(
             o.cold.table = o.table
         for o in cache.layers: o.batch_repeat_interleave(batch) if batch > 1 else None
         return cache
-    cache = DynamicCache(config=c) if kind == "dynamic" else StaticCache(config=c, max_cache_len=tokens + room)
+    cache = quantized_cache(c, "quanto", 4) if kind == "quantized" else DynamicCache(config=c) if kind == "dynamic" else StaticCache(config=c, max_cache_len=tokens + room)
+    step = 8192 if kind == "static" else tokens
     for i in range(c.num_hidden_layers):
-        for at in range(0, tokens, 8192):
-            kv = [torch.randn(batch, c.num_key_value_heads, min(8192, tokens - at), c.head_dim, dtype=dtype, device=dev) for _ in range(2)]
-            if kind == "dynamic" and at: cache.layers[i].keys, cache.layers[i].values = (torch.cat(p, 2) for p in zip((cache.layers[i].keys, cache.layers[i].values), kv))
-            else: cache.update(*kv, i, dict(cache_position=torch.arange(at, at + kv[0].shape[2], device=dev)))
+        for at in range(0, tokens, step):
+            kv = [torch.randn(batch, c.num_key_value_heads, min(step, tokens - at), c.head_dim, dtype=dtype, device=dev) for _ in range(2)]
+            cache.update(*kv, i, dict(cache_position=torch.arange(at, at + kv[0].shape[2], device=dev)))
     return cache
 
 # %% ../nbs/14b_speed.ipynb #8f5caf94
@@ -217,37 +219,50 @@ def decode_ms(
     if graph and spectral: step.release()
     return median(times[4:])
 
-# %% ../nbs/14b_speed.ipynb #506d2410
+# %% ../nbs/14b_speed.ipynb #507f1c4d
+def decode_row(
+    model,
+    way:str, # As in `filled_cache`
+    graph:bool,
+    batch:int,
+    tokens:int,
+    ratio:float,
+) -> dict: # Times and bytes, or the error
+    "One way to decode."
+    gpu = model.device.type == "cuda"
+    if gpu: torch.cuda.empty_cache()
+    model.set_attn_implementation("spectral" if way == "spectral" else "sdpa")
+    row = dict(way=way + (" + CUDA graph" if graph else ""), batch=batch, tokens=tokens)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            cache = filled_cache(model, way, batch, tokens, ratio)
+        held = cache_bytes(cache)[0] if way == "quantized" else cache.nbytes if way == "spectral" else sum(t.untyped_storage().nbytes() for o in cache.layers for t in (o.keys, o.values))
+        if gpu: torch.cuda.reset_peak_memory_stats()
+        ms = decode_ms(model, cache, batch, tokens, graph=graph)
+        return row | dict(cache_mib=round(held / 2 ** 20), step_ms=round(ms, 2), tokens_s=round(1e3 * batch / ms), peak_mib=round(torch.cuda.max_memory_allocated() / 2 ** 20) if gpu else 0)
+    except (RuntimeError, ValueError) as e: return row | dict(cache_mib=0, step_ms=0., tokens_s=0, peak_mib=0, error=f"{type(e).__name__}: {str(e).splitlines()[0][:120]}")
+
+# %% ../nbs/14b_speed.ipynb #f4c39b57
 GPU_JOBS = [("dynamic", False, 1, 8192), ("static", True, 1, 8192), ("spectral", False, 1, 8192), ("spectral", True, 1, 8192), ("static", True, 1, 32768), ("spectral", True, 1, 32768),
-            ("static", True, 1, 65536), ("spectral", True, 1, 65536), ("dynamic", False, 13, 32768), ("static", True, 13, 32768), ("spectral", True, 13, 32768), ("spectral", True, 72, 32768)]
+            ("static", True, 1, 65536), ("spectral", True, 1, 65536), ("dynamic", False, (15, 14, 13, 12, 10), 32768), ("static", True, (14, 12, 11, 10, 9, 8), 32768), ("spectral", True, (80, 76, 72), 32768),
+            ("quantized", False, 1, 8192), ("quantized", False, 1, 32768)] # Several batches: the first that fits
 
 def bench_decode(
-    jobs:tuple|None=None, # Way, graph, batch, tokens; default: by the device
+    jobs:tuple|None=None, # Way, graph, batch (or several: the first that fits), tokens; default: by the device
     ratio:float=8.,
     shape:dict|None=None, # Default: Mistral-7B on a GPU, a tiny one else
 ) -> dict: # Rows
     "Decode steps of a whole model."
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
-    jobs = jobs or (GPU_JOBS if gpu else [(w, False, 1, 700) for w in ("dynamic", "spectral")])
+    jobs = jobs or (GPU_JOBS if gpu else [(w, False, (1,), 700) for w in ("dynamic", "spectral")])
     model, rows = random_model(shape or (MISTRAL_7B if gpu else TINY), device, torch.float16 if gpu else torch.float32), []
-    for way, graph, batch, tokens in jobs:
-        cache = None
-        if gpu: torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
-        model.set_attn_implementation("spectral" if way == "spectral" else "sdpa")
-        row = dict(way=way + (" + CUDA graph" if graph else ""), batch=batch, tokens=tokens)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                cache = filled_cache(model, way, batch, tokens, ratio)
-            held = cache.nbytes if way == "spectral" else sum(t.untyped_storage().nbytes() for o in cache.layers for t in (o.keys, o.values))
-            if gpu: torch.cuda.reset_peak_memory_stats()
-            ms = decode_ms(model, cache, batch, tokens, graph=graph)
-            row |= dict(cache_mib=round(held / 2 ** 20), step_ms=round(ms, 2), tokens_s=round(1e3 * batch / ms), peak_mib=round(torch.cuda.max_memory_allocated() / 2 ** 20) if gpu else 0)
-        except (RuntimeError, ValueError) as e: row |= dict(cache_mib=0, step_ms=0., tokens_s=0, peak_mib=0, error=f"{type(e).__name__}: {str(e).splitlines()[0][:120]}")
-        rows.append(row)
-        print(row, flush=True)
-        del cache
+    for way, graph, batches, tokens in jobs:
+        for batch in batches if isinstance(batches, tuple) else (batches,):
+            rows.append(decode_row(model, way, graph, batch, tokens, ratio))
+            print(rows[-1], flush=True)
+            if "error" not in rows[-1]: break
     return dict(model="random weights", scratch_bytes=kernels.scratch.nbytes, clocks=clocks(), rows=rows)
 
 # %% ../nbs/14b_speed.ipynb #59fcfdb7
