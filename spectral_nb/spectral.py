@@ -160,11 +160,11 @@ DISTORTION = {0: 1., 1: .3634, 2: .1188, 3: .03744, 4: .01154, 5: .003495, 6: .0
 STEP = {1: 1.5958, 2: .9957, 3: .586, 4: .3352, 5: .1881, 6: .1041, 8: .0335}
 STEP_SEARCH = (.6, .7, .8, .9, 1., 1.1, 1.25, 1.45) # Multiples of the Gaussian step that are tried
 
-# %% ../nbs/02b_spectral.ipynb #9bde1ab1
+# %% ../nbs/02b_spectral.ipynb #29885f61
 def best_step(
     y:Tensor, # Coefficients `[..., n, k]`, zero mean
     bits:int|Tensor, # Of all components, or of each (broadcastable to `[..., 1, k]`)
-    weight:Tensor|None=None, # `[..., n, 1]`, 0 for tokens that do not count
+    weight:Tensor|None=None, # `[..., n, 1]`, 1, or 0 for tokens that do not count
 ) -> Tensor: # `[..., 1, k]`
     "The step with the least squared error of each component, out of a few multiples of the Gaussian one."
     weight = torch.ones_like(y[..., :1]) if weight is None else weight
@@ -172,14 +172,15 @@ def best_step(
     gaussian = torch.tensor([STEP.get(b, 1.) for b in range(9)], device=y.device)[bits]
     outermost = 2. ** (bits - 1) - .5 # level, in steps
     y = (y * (weight > 0)).abs_()
-    sd = (weight.mT @ y.square() / weight.sum(-2, keepdim=True).clamp_min(1)).sqrt().clamp_min(1e-12)
-    if y.is_cuda: y = (y / sd).half() # numbers of about one: half the bytes
-    else: y = y / sd
+    sd = (y.norm(dim=-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp_min(1).sqrt()).clamp_min(1e-12)
+    y = y.div_(sd)
+    if y.is_cuda: y = y.half() # numbers of about one: half the bytes
     errors = []
     for m in STEP_SEARCH:
-        u = y / (gaussian * m).to(y.dtype)
-        missed = u.floor().clamp_(max=outermost - .5).sub_(u).add_(.5).square_()
-        errors.append((weight.mT.to(y.dtype) @ missed) * (m * m))
+        step = (gaussian * m).to(y.dtype)
+        u = y / step
+        missed = u.floor().clamp_(max=outermost - .5).sub_(u).add_(.5).mul_(step).square_()
+        errors.append(weight.mT.to(y.dtype) @ missed)
     best = torch.stack(errors).argmin(0)
     return sd * gaussian * torch.tensor(STEP_SEARCH, device=y.device)[best]
 
@@ -224,7 +225,7 @@ class Spectrum:
     synthesis:Tensor # Coefficients times this are states `[B, H, D, D]`
     mean:Tensor # `[B, H, 1, D]`
 
-# %% ../nbs/02b_spectral.ipynb #fee3b5ab
+# %% ../nbs/02b_spectral.ipynb #a9cef288
 def moments(
     x:Tensor, # States `[B, H, n, D]`
     weight:Tensor, # 0 for tokens that do not count `[B, H or 1, n, 1]`
@@ -232,7 +233,7 @@ def moments(
     "First two moments of the tokens that count."
     share = weight / weight.sum(-2, keepdim=True).clamp_min(1)
     mean = share.mT @ x
-    y = (x - mean) * share.sqrt()
+    y = (x - mean).mul_(share.sqrt())
     return mean, y.mT @ y
 
 def spectrum(
@@ -301,7 +302,7 @@ class Sensitivity:
     share:Tensor # Of the attention that coded tokens receive `[B, H, n, 1]`, sum 1
     queries:Tensor # Second moment of queries at anchors `[B, H, D, D]`
 
-# %% ../nbs/02b_spectral.ipynb #a6f500c2
+# %% ../nbs/02b_spectral.ipynb #4f21fb48
 @torch.no_grad()
 def sensitivity(
     sample:Sample,
@@ -341,8 +342,8 @@ def sensitivity(
     vc, oc, size = vc / most, oc / most, size * most.float().square()
     oG, vG = oc @ Gn, ((vc @ Gn.to(dtype)) * vc).sum(-1, keepdim=True, dtype=torch.float32)
     pair = lambda x: (x.to(dtype), (x - x.to(dtype)).to(dtype)) # a number and its rounding error
-    ones = lambda x: x.new_ones(1, dtype=dtype).expand(*x.shape[:-1], 2)
-    moved = torch.cat([(-2 * oG).to(dtype), ones(oG), *pair((oG * oc).sum(-1, keepdim=True))], -1) @ torch.cat([vc.expand(*vG.shape[:-1], -1), *pair(vG), ones(vG)], -1).mT
+    ones, none = lambda x: x.new_ones(1, dtype=dtype).expand(*x.shape[:-1], 2), lambda x: x.new_zeros(1, dtype=dtype).expand(*x.shape[:-1], 4) # a multiple of 8 columns
+    moved = torch.cat([(-2 * oG).to(dtype), ones(oG), *pair((oG * oc).sum(-1, keepdim=True)), none(oG)], -1) @ torch.cat([vc.expand(*vG.shape[:-1], -1), *pair(vG), ones(vG), none(vG)], -1).mT
     moved = moved.clamp_min_(0).flatten(2, 3).view_as(a).float().mul_(a).mul_(a).sum(-1).mul_(skip)
     at = query_at_anchors(queries, start, n // PAGE, table, skip).flatten(2, 3)
     metric = (at * moved.mT.flatten(2)[..., None]).mT @ at * (size[..., 0] * sample.scaling ** 2 / q)
@@ -406,7 +407,7 @@ def allocate(
     given = np.split(widths[pick].astype(int), np.cumsum([len(c) for c in costs])[:-1])
     return [Layout(tuple(b for b in sorted(g.tolist(), reverse=True) if b)) for g in given]
 
-# %% ../nbs/02b_spectral.ipynb #050e4d08
+# %% ../nbs/02b_spectral.ipynb #37d0800c
 @dataclass
 class Quantizer:
     "How states become codes, and what a code stands for: all components, those of 0 bits included, `[B, H, ...]`."
@@ -435,10 +436,10 @@ class Quantizer:
         rows = s.synthesis * step.mT
         scale = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
         basis = (rows / scale).round_()
-        codes = (y / step + top / 2).round_().clamp_(min=torch.zeros_like(top)).minimum(top)
-        lost = moments(x - (codes - top / 2) @ (basis * scale), weight)[1]
-        analysis = s.analysis / step
         spread = (x.square() * weight).sum((1, 2, 3)) / (x.shape[1] // weight.shape[1] * weight.sum((1, 2, 3))).clamp_min(1)
+        codes = torch.minimum(y.div_(step).add_(top / 2).round_().clamp_(min=0), top, out=y).sub_(top / 2)
+        lost = moments(x.sub_(codes @ (basis * scale)), weight)[1]
+        analysis = s.analysis / step
         return cls(analysis, top / 2 - s.mean @ analysis, top, basis.to(torch.int8), scale, lost, lost.diagonal(dim1=-2, dim2=-1).sum(-1).mean(-1), spread)
 
     def codes(self,
@@ -615,17 +616,17 @@ class Loss:
         "Variance of the unscaled scores that was lost."
         return (at @ self.directions.float().mT[:, :, None]).square().sum(-1) + self.rest * at.square().sum(-1)
 
-# %% ../nbs/02b_spectral.ipynb #8d33edf7
+# %% ../nbs/02b_spectral.ipynb #8be8e771
 def together(
     f, # Tensors with a leading batch axis to several such tensors
     *args:list[Tensor], # One list for each argument, one entry for each layer
-    most:int|None=None, # Elements that a call may get; default: 32 MiB of float32 on a GPU, 1 MiB on a CPU
+    most:int|None=None, # Elements that a call may get; default: 64 MiB of float32 on a GPU, 1 MiB on a CPU
 ) -> list[tuple[Tensor, ...]]: # What `f` gives for each entry
     "Call `f` as few times as shapes allow."
     groups, out = defaultdict(list), [None] * len(args[0])
     for i, ts in enumerate(zip(*args)): groups[tuple((t.shape, t.device) for t in ts)].append(i)
     for key, members in groups.items():
-        step = max(1, (most or 2 ** (18 if key[0][1].type == "cpu" else 23)) // max(s.numel() for s, _ in key))
+        step = max(1, (most or 2 ** (18 if key[0][1].type == "cpu" else 24)) // max(s.numel() for s, _ in key))
         for at in range(0, len(members), step):
             part = members[at:at + step]
             for i, o in zip(part, zip(*(t.chunk(len(part)) for t in f(*(torch.cat([a[i] for i in part]) for a in args))))): out[i] = o
