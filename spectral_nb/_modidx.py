@@ -781,7 +781,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'spectral_nb.spectral.SpectralStore.value_states': ( 'spectral.html#spectralstore.value_states',
                                                                                            'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral.Spectrum': ('spectral.html#spectrum', 'spectral_nb/spectral.py'),
-                                      'spectral_nb.spectral._columns': ('spectral.html#_columns', 'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral._joint': ('spectral.html#_joint', 'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral._measure': ('spectral.html#_measure', 'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral.add_pages': ('spectral.html#add_pages', 'spectral_nb/spectral.py'),

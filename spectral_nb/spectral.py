@@ -62,7 +62,7 @@ def unpack(
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None, :] >> shifts[:, None]) & (2 ** width - 1)).flatten(-2)
 
-# %% ../nbs/02b_spectral.ipynb #aa409d0f
+# %% ../nbs/02b_spectral.ipynb #6a3a7505
 @dataclass(frozen=True)
 class Layout:
     "Bits of each group of `GROUP` components, descending, and the planes that follow from them."
@@ -94,10 +94,10 @@ class Layout:
     ) -> Tensor: # uint8 `[..., nbytes]`
         "Codes as bytes: the 4-bit planes, then the 2-bit, then the 1-bit planes."
         if not self.bits: return codes[..., :0]
-        comps, shifts, masks = _columns(self, codes.device)
-        columns = (codes[..., comps] >> shifts) & masks
-        sizes = [len(m) * GROUP for m in self.planes().values()]
-        return torch.cat([pack(c, w) for w, c in zip(PLANES, columns.split(sizes, -1)) if c.shape[-1]], -1)
+        _, _, _, comps, *rest = _joint((self,), codes.device)
+        shift, mask, place = (t[..., 0] for t in rest)
+        parts = codes[..., comps].unflatten(-1, (len(shift), -1))
+        return parts.bitwise_right_shift_(shift).bitwise_and_(mask).bitwise_left_shift_(place).sum(-2, dtype=torch.uint8)
 
     def unpack(self,
         packed:Tensor, # uint8 `[..., nbytes]`
@@ -125,14 +125,23 @@ class Layout:
         comps, factors = (torch.tensor(o, device=planes.device, dtype=torch.long) for o in self.members())
         return planes.new_zeros(*planes.shape[:-1], self.rank).index_add(-1, comps, planes * factors)
 
-# %% ../nbs/02b_spectral.ipynb #2e392bf2
-@lru_cache
-def _columns(layout:Layout, device:torch.device) -> tuple[Tensor, Tensor, Tensor]: # Component, shift and mask of each column
-    "What `Layout.pack` takes from a code for each column of the planes."
-    comps, factors = layout.members()
-    widths = [2 ** w - 1 for w, m in layout.planes().items() for _ in range(len(m) * GROUP)]
-    u8 = dict(dtype=torch.uint8, device=device)
-    return torch.tensor(comps, device=device), torch.tensor([f.bit_length() - 1 for f in factors], **u8), torch.tensor(widths, **u8)
+# %% ../nbs/02b_spectral.ipynb #005efa09
+@lru_cache(128)
+def _joint(layouts:tuple[Layout, ...], device:torch.device) -> tuple: # Largest rank; place of each row; largest codes; component, shift, mask and place in its byte of each of up to 8 parts of a byte
+    "How codes of several layouts, rows filled up with zeros, become bytes."
+    R = max(GROUP, *(l.rank for l in layouts))
+    at, top, parts = [], torch.zeros(len(layouts), R, 1), []
+    for i, l in enumerate(layouts):
+        at += range(i * R, i * R + l.rank)
+        top[i, :l.rank, 0] = 2. ** l.components(l.rank) - 1
+        for w, members in l.planes().items():
+            n = len(members) * GROUP * w // 8
+            for j in range(n):
+                cols = [(p, *members[(p * n + j) // GROUP], (p * n + j) % GROUP) for p in range(8 // w)]
+                parts.append([(i * R + g * GROUP + c, shift, 2 ** w - 1, p * w) for p, g, shift, c in cols] + [(0, 0, 0, 0)] * (8 - len(cols)))
+    parts = torch.tensor(parts, dtype=torch.int32).view(-1, 8, 4)[:, :max([8 // w for l in layouts for w, m in l.planes().items() if m], default=1)]
+    comps, *rest = parts.permute(2, 1, 0).unbind()
+    return R, *(t.to(device) for t in (torch.tensor(at, dtype=torch.long), top, comps.flatten(), *(t[..., None].to(torch.uint8) for t in rest)))
 
 # %% ../nbs/02b_spectral.ipynb #a9393c60
 def to_pages(
@@ -530,24 +539,6 @@ def error_of(
 ) -> Tensor: # `[]`
     "Mean squared error of a token that counts."
     return ((x - coded).square() * weight).sum() / (weight.expand(*x.shape[:3], 1).sum()).clamp_min(1)
-
-# %% ../nbs/02b_spectral.ipynb #cfbaa8e8
-@lru_cache(16)
-def _joint(layouts:tuple[Layout, ...], device:torch.device) -> tuple: # Largest rank; place of each row; largest codes; component, shift, mask and place in its byte of each of up to 8 parts of a byte
-    "How codes of several layouts, rows filled up with zeros, become bytes."
-    R = max(GROUP, *(l.rank for l in layouts))
-    at, top, parts = [], torch.zeros(len(layouts), R, 1), []
-    for i, l in enumerate(layouts):
-        at += range(i * R, i * R + l.rank)
-        top[i, :l.rank, 0] = 2. ** l.components(l.rank) - 1
-        for w, members in l.planes().items():
-            n = len(members) * GROUP * w // 8
-            for j in range(n):
-                cols = [(p, *members[(p * n + j) // GROUP], (p * n + j) % GROUP) for p in range(8 // w)]
-                parts.append([(i * R + g * GROUP + c, shift, 2 ** w - 1, p * w) for p, g, shift, c in cols] + [(0, 0, 0, 0)] * (8 - len(cols)))
-    parts = torch.tensor(parts, dtype=torch.int32).view(-1, 8, 4)[:, :max([8 // w for l in layouts for w, m in l.planes().items() if m], default=1)]
-    comps, *rest = parts.permute(2, 1, 0).unbind()
-    return R, *(t.to(device) for t in (torch.tensor(at, dtype=torch.long), top, comps.flatten(), *(t[..., None].to(torch.uint8) for t in rest)))
 
 # %% ../nbs/02b_spectral.ipynb #89fa4ed1
 def analysis_together(

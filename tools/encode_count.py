@@ -1,6 +1,6 @@
 """What coding a prompt, and a page of all layers, asks of a GPU, counted without one: launches, arithmetic, bytes moved and peak memory by stage, on tensors that have shapes and no numbers.
 
-python tools/encode_count.py [result.json] [--tokens=8192] [--layers=32] [--batch=1] [--torch] [--once] [--names [--bytes]]: without the Triton kernel; without a first pass that makes tables; each operation. The milliseconds are what 8 us a launch on the host, 2.5 TB/s, 40 TFLOP/s in float32 and 400 in float16 come to: an estimate, no measurement.
+python tools/encode_count.py [result.json] [--tokens=8192] [--layers=32] [--batch=1] [--torch] [--once] [--names [--bytes]]: without the Triton kernel; without a first pass that makes tables; each operation. The milliseconds are what 8 us a launch on the host, 2.5 TB/s, 40 TFLOP/s in float32 and 400 in float16 come to: an estimate, no measurement. The check for finite states is left out.
 """
 import json
 import sys
