@@ -799,6 +799,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'spectral_nb.spectral.measure_together': ( 'spectral.html#measure_together',
                                                                                  'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral.moments': ('spectral.html#moments', 'spectral_nb/spectral.py'),
+                                      'spectral_nb.spectral.most_numbers': ('spectral.html#most_numbers', 'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral.not_finite': ('spectral.html#not_finite', 'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral.pack': ('spectral.html#pack', 'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral.plan': ('spectral.html#plan', 'spectral_nb/spectral.py'),

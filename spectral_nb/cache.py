@@ -65,7 +65,7 @@ class Ledger(list):
         rows = "\n".join(f"| {t} | {n:,} | {100 * n / max(self.nbytes, 1):.1f} % |" for t, n in self.total().items())
         return f"| tier | bytes | share |\n|---|---:|---:|\n{rows}\n| **all** | **{self.nbytes:,}** | |"
 
-# %% ../nbs/03_cache.ipynb #734aae00
+# %% ../nbs/03_cache.ipynb #f5d202b5
 class HotTier:
     "Recent tokens: keys **post-RoPE** and values, as they are or as int8 with a scale for each token and head."
     write = None # Rounds one token into its place in fewer launches where a kernel is at hand: `(tier, keys, values, at) -> bool`
@@ -108,7 +108,9 @@ class HotTier:
         room:int, # Tokens
     ):
         "Make room for so many tokens in all."
-        for name, t in self.tensors().items(): setattr(self, name, torch.cat([t[:, :, :self.n], t.new_empty(*t.shape[:2], room - self.n, t.shape[3])], 2))
+        for name, t in self.tensors().items():
+            setattr(self, name, t.new_empty(*t.shape[:2], room, t.shape[3]))
+            getattr(self, name)[:, :, :self.n] = t[:, :, :self.n]
 
     def drop(self,
         start:int, # Tokens to forget at the start

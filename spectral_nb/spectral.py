@@ -7,8 +7,9 @@ __all__ = ['GROUP', 'PAGE', 'WIDTHS', 'PLANES', 'CHUNK', 'KEY_BYTES', 'MOST_ANCH
            'DISTORTION', 'STEP', 'STEP_SEARCH', 'planes_of', 'pack', 'unpack', 'Layout', 'to_pages', 'from_pages',
            'best_step', 'quantize', 'dequantize', 'decorrelate', 'Spectrum', 'moments', 'spectrum', 'anchor_angles',
            'to_anchor', 'query_at_anchors', 'Sample', 'Sensitivity', 'sensitivity', 'Pool', 'allocate', 'Quantizer',
-           'Coded', 'error_of', 'analysis_together', 'code_together', 'Loss', 'together', 'Measured', 'Segment',
-           'SpectralStore', 'measure_together', 'fit_bases', 'plan', 'settle', 'code_pages', 'add_pages', 'not_finite']
+           'Coded', 'error_of', 'analysis_together', 'code_together', 'Loss', 'most_numbers', 'together', 'Measured',
+           'Segment', 'SpectralStore', 'measure_together', 'fit_bases', 'plan', 'settle', 'code_pages', 'add_pages',
+           'not_finite']
 
 # %% ../nbs/02b_spectral.ipynb #f57855cf
 from collections import defaultdict
@@ -607,17 +608,26 @@ class Loss:
         "Variance of the unscaled scores that was lost."
         return (at @ self.directions.float().mT[:, :, None]).square().sum(-1) + self.rest * at.square().sum(-1)
 
-# %% ../nbs/02b_spectral.ipynb #8be8e771
+# %% ../nbs/02b_spectral.ipynb #589734fa
+def most_numbers(
+    device:torch.device,
+    gpu:int,
+    cpu:int,
+) -> int:
+    "How many numbers to work on at once: few on a CPU, which has small caches; more on a GPU, where launches cost."
+    return cpu if device.type == "cpu" else gpu
+
+# %% ../nbs/02b_spectral.ipynb #59efd2bb
 def together(
     f, # Tensors with a leading batch axis to several such tensors
     *args:list[Tensor], # One list for each argument, one entry for each layer
-    most:int|None=None, # Elements that a call may get; default: 64 MiB of float32 on a GPU, 1 MiB on a CPU
+    gpu:int=2 ** 23, # Elements of its largest argument that a call may get on a GPU (`most_numbers`)
 ) -> list[tuple[Tensor, ...]]: # What `f` gives for each entry
     "Call `f` as few times as shapes allow."
     groups, out = defaultdict(list), [None] * len(args[0])
     for i, ts in enumerate(zip(*args)): groups[tuple((t.shape, t.device) for t in ts)].append(i)
     for key, members in groups.items():
-        step = max(1, (most or 2 ** (18 if key[0][1].type == "cpu" else 24)) // max(s.numel() for s, _ in key))
+        step = max(1, most_numbers(key[0][1], gpu, 2 ** 18) // max(s.numel() for s, _ in key))
         for at in range(0, len(members), step):
             part = members[at:at + step]
             for i, o in zip(part, zip(*(t.chunk(len(part)) for t in f(*(torch.cat([a[i] for i in part]) for a in args))))): out[i] = o
@@ -771,7 +781,7 @@ class SpectralStore:
             n -= len(s); kept.append(s)
         self.segments = kept
 
-# %% ../nbs/02b_spectral.ipynb #15d9243a
+# %% ../nbs/02b_spectral.ipynb #499c0141
 @torch.no_grad()
 def measure_together(
     stores:list[SpectralStore], # With as many tokens
@@ -779,7 +789,6 @@ def measure_together(
     states:list[tuple[Tensor, Tensor]], # All exact keys **post-RoPE** `[B, H, T, D]` and values of each
     weights:list[Tensor], # For the first n of them `[B, 1, n]`
     angles:tuple[Tensor, Tensor]|None=None, # From `anchor_angles`
-    most:int|None=None, # Numbers of a matrix of queries by tokens; default: 128 MiB in half precision on a GPU, 4 MiB on a CPU
 ):
     "`SpectralStore.measure` of several layers, in as few calls as shapes and memory allow."
     groups = defaultdict(list)
@@ -787,7 +796,7 @@ def measure_together(
     for (shape, *_, device, _, _), members in groups.items():
         first = samples[members[0]]
         rows = shape[0] * shape[2] * (shape[1] * shape[3] if first is None else first.queries.shape[1] * first.queries.shape[2])
-        step = max(1, (most or 2 ** (20 if device.type == "cpu" else 26)) // rows)
+        step = max(1, most_numbers(device, 2 ** (25 if shape[2] >= 8192 else 23), 2 ** 20) // rows) # short prompts: more layers at once would take more memory than the prefill did
         for at in range(0, len(members), step): _measure(*([o[i] for i in members[at:at + step]] for o in (stores, samples, states, weights)), angles)
 
 def _measure(stores, samples, states, weights, angles):
@@ -812,7 +821,7 @@ def _measure(stores, samples, states, weights, angles):
         at = lambda x: x[i * B:i * B + B]
         o.measured = Measured(None if samples[i] is None else samples[i].scaling, samples[i] is None or samples[i].softcap is not None, at(weight), Sensitivity(*map(at, vars(s).values())), [tuple(map(at, m)) for m in found], tuple(map(at, held)), stride * fine)
 
-# %% ../nbs/02b_spectral.ipynb #577422d3
+# %% ../nbs/02b_spectral.ipynb #87da3242
 @torch.no_grad()
 def fit_bases(
     stores:list[SpectralStore], # All measured
@@ -820,8 +829,10 @@ def fit_bases(
 ) -> list[Pool]: # Keys and values of each layer in turn
     "Bases of new segments, and what `allocate` needs to give them bits."
     jobs = [(*found, metric) for o in stores for found, metric in zip(o.measured.moments, (o.measured.sensitivity.keys, o.measured.sensitivity.values))]
-    spectra = [Spectrum(*o) for o in together(lambda *a: vars(spectrum(*a)).values(), *zip(*jobs))]
-    for i, o in enumerate(stores): o.measured.spectra = spectra[2 * i], spectra[2 * i + 1]
+    spectra = [Spectrum(*o) for o in together(lambda *a: vars(spectrum(*a)).values(), *zip(*jobs), gpu=2 ** 22)] # some ten temporary matrices of each
+    for i, o in enumerate(stores):
+        o.measured.spectra = spectra[2 * i], spectra[2 * i + 1]
+        o.measured.moments = o.measured.sensitivity.keys = o.measured.sensitivity.values = None # served, and as large as short prompts
     first = spectra[0].variance.device
     variance = torch.cat([s.variance.mean((0, 1)).to(first) for s in spectra]).cpu().split([s.variance.shape[-1] for s in spectra])
     weights = [w for pair in weights for w in pair] if weights else [1.] * len(spectra)
