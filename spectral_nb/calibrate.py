@@ -95,12 +95,12 @@ def fingerprint(model) -> str: # Hex, 16 digits
         h.update(f"{n}{tuple(p.shape)}".encode() + flat[::max(1, flat.numel() // 16)][:16].float().cpu().numpy().tobytes())
     return h.hexdigest()[:16]
 
-# %% ../nbs/04b_calibrate.ipynb #c2005f43
+# %% ../nbs/04b_calibrate.ipynb #f60ebc80
 def geometric_mean(
     measured:list[list[tuple[float, float]]], # Weights from several texts
 ) -> list[tuple[float, float]]:
     "Mean of logarithms, each text scaled to the same sum; zeros stay zero."
-    total = [sum(map(sum, w)) for w in measured]
+    total = [sum(map(sum, w)) or 1. for w in measured] # a model without layers to compress has zeros only
     mean = lambda xs: exp(sum(map(log, xs)) / len(xs)) if min(xs) > 0 else 0.
     return [tuple(mean([w[i][j] / t for w, t in zip(measured, total)]) for j in (0, 1)) for i in range(len(measured[0]))]
 
@@ -136,15 +136,16 @@ def layer_weights(
         path.write_text(json.dumps(dict(model=type(model).__name__, fingerprint=fingerprint(model), tokens=tokens, weights=weights), indent=1) + "\n")
     return weights
 
-# %% ../nbs/04b_calibrate.ipynb #3c56e528
+# %% ../nbs/04b_calibrate.ipynb #891430fe
 def spectral_cache(
     model, # A causal language model
     spectral_config:SpectralConfig|None=None,
+    attention_mask:Tensor|None=None, # Of a left-padded batch `[B, n]`, needed where the attention implementation is not `spectral`
     **kwargs, # Fields of `SpectralConfig`
 ) -> SpectralCache:
     "An empty cache with the model's measured layer weights where the coding uses them."
     config = spectral_config or SpectralConfig(**kwargs)
-    return SpectralCache(model.config, config, layer_weights=layer_weights(model) if config.coding == "spectral" else None)
+    return SpectralCache(model.config, config, attention_mask=attention_mask, layer_weights=layer_weights(model) if config.coding == "spectral" else None)
 
 # %% ../nbs/04b_calibrate.ipynb #6f9a6938
 @torch.no_grad()

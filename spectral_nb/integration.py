@@ -564,7 +564,7 @@ def coded_at_the_end(
     if full:
         with storing(): full[-1].on_full(full[-1])
 
-# %% ../nbs/06_integration.ipynb #d13ab99c
+# %% ../nbs/06_integration.ipynb #e85dba11
 def _fast_forward(self, *args, **kwargs):
     "Stands for `forward` of a model on Unsloth's fast path."
     patched, stock = self._spectral
@@ -593,6 +593,7 @@ def _fast_forward(self, *args, **kwargs):
         def run():
             with coded_at_the_end(cache.layers): return stock(**kwargs)
     else:
+        cache.cache.outgrow(n)
         if positions is None: kwargs["position_ids"] = patched.continued_positions(mask, B, n)
         kwargs["past_key_values"], run = cache, lambda: stock(**kwargs)
         if n == 1 and ids is not None:

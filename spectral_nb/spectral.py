@@ -676,7 +676,7 @@ class Segment:
             for n, t in (vars(o).items() if o is not None else ()):
                 if isinstance(t, Tensor): setattr(o, n, f(t))
 
-# %% ../nbs/02b_spectral.ipynb #6b780cda
+# %% ../nbs/02b_spectral.ipynb #1a0dfe13
 class SpectralStore:
     "Cold tokens of one layer under spectral coding: segments of pages."
     page = PAGE
@@ -686,6 +686,7 @@ class SpectralStore:
         table:RopeTable,
     ):
         self.config, self.table, self.segments, self.drifted, self.measured = config, table, [], 0, None
+        self.fitted = 0 # Tokens that the cache held when bases were fitted last
 
     def __len__(self): return sum(map(len, self.segments))
 

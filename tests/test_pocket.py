@@ -59,3 +59,20 @@ def test_recall_of_unseen_codes():
         ids = torch.tensor([plant(tok, doc, needle, .05 + .1 * i, 1024, start=rng.randrange(len(doc) - 1024)).ids])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=tok.pad_token_id)
         assert answer_matches(tok.decode(out[0, 1024:]), needle), f"{needle.statement} at depth {5 + 10 * i} %"
+
+
+@pytest.mark.parametrize("chunk", [256, 700])
+def test_a_prompt_in_parts_recalls_and_keeps_its_ratio(chunk):
+    "Later parts get bases and bits of their own: a short first one is hardly worth any."
+    from spectral_nb.calibrate import spectral_cache
+    model, tok = load_pocket()
+    model.set_attn_implementation("spectral")
+    fact = make_needle(random.Random(5))
+    text = haystack()[0]
+    ids = tok(text[:8000] + fact.planted + text[8000:11000] + fact.question, return_tensors="pt").input_ids
+    cache = spectral_cache(model, ratio=8, exact_dtype="float16")
+    with torch.no_grad(), pytest.warns(UserWarning, match="cannot be met"):
+        for at in range(0, chunk * 3, chunk): model(ids[:, at:at + chunk], past_key_values=cache)
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False)
+    assert answer_matches(tok.decode(out[0, ids.shape[1]:]), fact)
+    assert len(cache.layers[0].cold.segments) > 1 and 5 < cache.ratio < 9
