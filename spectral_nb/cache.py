@@ -578,7 +578,7 @@ def token_weights(
         if key not in made: made[key] = l.token_weight(n)
     return [made[(l.landmark_slots.shape, len(l.cold), l.device) if l.landmarks_first else id(l)] for l in layers]
 
-# %% ../nbs/03_cache.ipynb #e51f228d
+# %% ../nbs/03_cache.ipynb #cc9fdcf7
 @torch.no_grad()
 def fit_layers(
     layers:list[SpectralLayer], # Of one cache, with the same number of hot tokens
@@ -599,7 +599,10 @@ def fit_layers(
         for l in layers: l.sample = None
         pools = fit_bases(stores, weights)
         budget = sum(8 * n * p.rows * c.layout.nbytes + p.rows * c.layout.rank * p.overhead() for p, c in zip(pools, [c for s in old for c in (s.keys, s.values)]))
-        if config.bits is None: budget = max(budget, 8 * ((dense + sum(l.dense_nbytes for l in layers)) / (config.ratio or 8.) - held - sum(fixed_nbytes(l, n) for l in layers)))
+        if config.bits is None:
+            every, ratio = sum(l.dense_nbytes for l in layers), config.ratio or 8.
+            given = 8 * ((dense + every) / ratio - held - sum(fixed_nbytes(l, n) for l in layers))
+            budget = max(budget, min(given, 8 * every / ratio * n / layers[0].get_seq_length())) if old else given # later pages are coded alike: no more than they may take for good
         elif not old: budget = config.bits * sum(p.rows * p.tokens * len(p.variance) for p in pools)
         if budget < sum(p.rows * p.tokens * len(p.variance) for p in pools):
             for p in pools[::2]: p.weight *= SCARCE_KEYS

@@ -75,4 +75,4 @@ def test_a_prompt_in_parts_recalls_and_keeps_its_ratio(chunk):
         for at in range(0, chunk * 3, chunk): model(ids[:, at:at + chunk], past_key_values=cache)
     out = model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False)
     assert answer_matches(tok.decode(out[0, ids.shape[1]:]), fact)
-    assert len(cache.layers[0].cold.segments) > 1 and 5 < cache.ratio < 9
+    assert len(cache.layers[0].cold.segments) > 1 and 6 < cache.ratio < 11
