@@ -112,17 +112,16 @@ def rope_mix():
     def query_at_anchors(query_states, *args, **kwargs): return query_states.float()[:, :, None].expand_as(inner(query_states, *args, **kwargs))
     with swap.object(spectral, "query_at_anchors", query_at_anchors): yield
 
-# %% ../nbs/07a_faults.ipynb #a0824922
+# %% ../nbs/07a_faults.ipynb #25a8607c
+@contextmanager
 def _encode_at(slots_of):
     "Keys turned back to the anchors of other slots: `slots_of(anchors, start)`."
-    inner = spectral.to_anchor
-    def to_anchor(key_states, start, table, back=False, stride=1, **kwargs):
-        right = inner(key_states, start, table, back=back, stride=stride, **kwargs)
-        if back: return right
-        anchors = start + stride * torch.arange(right.shape[2], device=right.device) // PAGE * PAGE + PAGE // 2
-        cos, sin = table.rows(anchors - slots_of(anchors, start))
-        return turn(right, cos, sin, table.interleaved)
-    return swap.object(spectral, "to_anchor", to_anchor)
+    right, inner = spectral.anchor_angles, spectral.to_anchor
+    def anchor_angles(start, n, table, device, stride=1): return table.rows(slots_of((start + stride * torch.arange(n, device=device)) // PAGE * PAGE + PAGE // 2, start))
+    def to_anchor(key_states, start, table, back=False, stride=1, angles=None):
+        if back: angles = right(start, key_states.shape[2], table, key_states.device, stride)
+        return inner(key_states, start, table, back, stride, angles)
+    with swap.object(spectral, "anchor_angles", anchor_angles), swap.object(cache, "anchor_angles", anchor_angles), swap.object(spectral, "to_anchor", to_anchor): yield
 
 @known_fault("position_ids [T] are read as [B, T]: every key is turned back by the first position")
 def one_d_positions():
