@@ -737,6 +737,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'spectral_nb.spectral.Layout.members': ('spectral.html#layout.members', 'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral.Layout.nbytes': ('spectral.html#layout.nbytes', 'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral.Layout.pack': ('spectral.html#layout.pack', 'spectral_nb/spectral.py'),
+                                      'spectral_nb.spectral.Layout.parts': ('spectral.html#layout.parts', 'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral.Layout.planes': ('spectral.html#layout.planes', 'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral.Layout.rank': ('spectral.html#layout.rank', 'spectral_nb/spectral.py'),
                                       'spectral_nb.spectral.Layout.unpack': ('spectral.html#layout.unpack', 'spectral_nb/spectral.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BYTES', 'encoder', 'byte_table', 'encode', 'factors', 'launch', 'Encoder', 'agree']
 
-# %% ../nbs/05c_encode_kernels.ipynb #31def599
+# %% ../nbs/05c_encode_kernels.ipynb #786d6685
 import warnings
 from contextlib import nullcontext
 from functools import lru_cache
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .kernels import interpreted, jit, tl, triton, tuning_for
-from .spectral import CHUNK, GROUP, KEY_BYTES, PAGE, Coded, Layout, code_together
+from .spectral import KEY_BYTES, PAGE, Coded, Layout, code_together
 
-# %% ../nbs/05c_encode_kernels.ipynb #4b8b6382
+# %% ../nbs/05c_encode_kernels.ipynb #ee8a9939
 BYTES = 16 # That a program makes at a time
 
 @lru_cache(256)
@@ -26,12 +26,7 @@ def byte_table(
     device:torch.device,
 ) -> tuple[Tensor, Tensor, int]: # Parts int32 `[chunks, 8, BYTES]`, their number in each chunk int32 `[chunks]`, bytes of a token
     "Component, shift, bits and place of every part of every byte."
-    parts = []
-    for w, members in layout.planes().items():
-        n = len(members) * GROUP * w // 8
-        for j in range(n):
-            cols = [(p * w, *members[(p * n + j) // GROUP], (p * n + j) % GROUP) for p in range(8 // w)]
-            parts.append([g * GROUP + c | shift << 10 | (2 ** w - 1) << 14 | place << 18 for place, g, shift, c in cols])
+    parts = [[c | shift << 10 | mask << 14 | place << 18 for c, shift, mask, place in byte] for byte in layout.parts()]
     width = len(parts) if by_byte else -(-len(parts) // KEY_BYTES) * KEY_BYTES
     parts += [[]] * (-(-max(1, width) // BYTES) * BYTES - len(parts))
     chunks = [parts[i:i + BYTES] for i in range(0, len(parts), BYTES)]

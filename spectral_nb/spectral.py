@@ -63,7 +63,7 @@ def unpack(
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None, :] >> shifts[:, None]) & (2 ** width - 1)).flatten(-2)
 
-# %% ../nbs/02b_spectral.ipynb #6a3a7505
+# %% ../nbs/02b_spectral.ipynb #6e88114f
 @dataclass(frozen=True)
 class Layout:
     "Bits of each group of `GROUP` components, descending, and the planes that follow from them."
@@ -78,6 +78,16 @@ class Layout:
         out = {w: [] for w in PLANES}
         for g, b in enumerate(self.bits):
             for w, shift in planes_of(b): out[w].append((g, shift))
+        return out
+
+    def parts(self) -> list[list[tuple[int, int, int, int]]]: # For each byte: component, shift, mask and place in the byte
+        "What each byte of a token is made of: `(code >> shift & mask) << place` of every part."
+        out = []
+        for w, members in self.planes().items():
+            n = len(members) * GROUP * w // 8
+            for j in range(n):
+                at = [(p * w, *divmod(p * n + j, GROUP)) for p in range(8 // w)]
+                out.append([(members[i][0] * GROUP + c, members[i][1], 2 ** w - 1, place) for place, i, c in at])
         return out
 
     @property
@@ -126,7 +136,7 @@ class Layout:
         comps, factors = (torch.tensor(o, device=planes.device, dtype=torch.long) for o in self.members())
         return planes.new_zeros(*planes.shape[:-1], self.rank).index_add(-1, comps, planes * factors)
 
-# %% ../nbs/02b_spectral.ipynb #005efa09
+# %% ../nbs/02b_spectral.ipynb #2a7cb84c
 @lru_cache(128)
 def _joint(layouts:tuple[Layout, ...], device:torch.device) -> tuple: # Largest rank; place of each row; largest codes; component, shift, mask and place in its byte of each of up to 8 parts of a byte
     "How codes of several layouts, rows filled up with zeros, become bytes."
@@ -135,11 +145,7 @@ def _joint(layouts:tuple[Layout, ...], device:torch.device) -> tuple: # Largest 
     for i, l in enumerate(layouts):
         at += range(i * R, i * R + l.rank)
         top[i, :l.rank, 0] = 2. ** l.components(l.rank) - 1
-        for w, members in l.planes().items():
-            n = len(members) * GROUP * w // 8
-            for j in range(n):
-                cols = [(p, *members[(p * n + j) // GROUP], (p * n + j) % GROUP) for p in range(8 // w)]
-                parts.append([(i * R + g * GROUP + c, shift, 2 ** w - 1, p * w) for p, g, shift, c in cols] + [(0, 0, 0, 0)] * (8 - len(cols)))
+        parts += [[(i * R + c, *rest) for c, *rest in byte] + [(0, 0, 0, 0)] * (8 - len(byte)) for byte in l.parts()]
     parts = torch.tensor(parts, dtype=torch.int32).view(-1, 8, 4)[:, :max([8 // w for l in layouts for w, m in l.planes().items() if m], default=1)]
     comps, *rest = parts.permute(2, 1, 0).unbind()
     return R, *(t.to(device) for t in (torch.tensor(at, dtype=torch.long), top, comps.flatten(), *(t[..., None].to(torch.uint8) for t in rest)))
