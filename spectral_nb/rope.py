@@ -17,7 +17,7 @@ HALF_SPLIT = frozenset("""gemma gemma2 gemma3 gemma3_text granite llama mistral 
     stablelm starcoder2""".split()) # pairs (i, i + d/2)
 INTERLEAVED = frozenset("cohere glm glm4".split()) # pairs (2i, 2i + 1)
 
-# %% ../nbs/01_rope.ipynb #7b459364
+# %% ../nbs/01_rope.ipynb #1c3feb06
 @dataclass(eq=False)
 class RopeTable:
     "Cosines and sines of the rotary embedding of one kind of layer, float32, made on demand."
@@ -35,7 +35,7 @@ class RopeTable:
         positions:Tensor, # Integers, any shape
     ) -> tuple[Tensor, Tensor]: # cos and sin `[..., rotary_dim / 2]`
         "Cosines and sines without any check."
-        if self.inv_freq.device != positions.device: self.inv_freq = self.inv_freq.to(positions.device)
+        if self.inv_freq.device != positions.device: self.inv_freq = self.inv_freq.to(positions.device, non_blocking=positions.is_cuda)
         a = positions[..., None].double() * self.inv_freq.double()
         return a.cos().float(), a.sin().float()
 

@@ -423,7 +423,7 @@ def allocate(
     given = np.split(widths[pick].astype(int), np.cumsum([len(c) for c in costs])[:-1])
     return [Layout(tuple(b for b in sorted(g.tolist(), reverse=True) if b)) for g in given]
 
-# %% ../nbs/02b_spectral.ipynb #37d0800c
+# %% ../nbs/02b_spectral.ipynb #a57d0664
 @dataclass
 class Quantizer:
     "How states become codes, and what a code stands for: all components, those of 0 bits included, `[B, H, ...]`."
@@ -455,7 +455,7 @@ class Quantizer:
         spread = (x.square() * weight).sum((1, 2, 3)) / (x.shape[1] // weight.shape[1] * weight.sum((1, 2, 3))).clamp_min(1)
         codes = torch.minimum(y.div_(step).add_(top / 2).round_().clamp_(min=0), top, out=y).sub_(top / 2)
         lost = moments(x.sub_(codes @ (basis * scale)), weight)[1]
-        analysis = s.analysis / step
+        analysis = (s.analysis / step).mT.contiguous().mT # rows of what it is times together, as the encoding kernel reads them
         return cls(analysis, top / 2 - s.mean @ analysis, top, basis.to(torch.int8), scale, lost, lost.diagonal(dim1=-2, dim2=-1).sum(-1).mean(-1), spread)
 
     def codes(self,
@@ -467,7 +467,7 @@ class Quantizer:
         out = torch.baddbmm(self.bias[..., :rank].flatten(0, 1), x.flatten(0, 1), self.analysis[..., :rank].flatten(0, 1)).view(B, H, n, rank)
         return torch.minimum(out.round_().clamp_(min=0), self.top[..., :rank], out=out)
 
-# %% ../nbs/02b_spectral.ipynb #28e96c7a
+# %% ../nbs/02b_spectral.ipynb #a881208c
 @dataclass
 class Coded:
     "Packed codes of `n` tokens, and the basis that they refer to."
@@ -500,7 +500,7 @@ class Coded:
             y = at_anchor()
             codes = quantizer.codes(y, r)
             return to_pages(layout.pack(codes.to(torch.uint8)), by_byte), share.mT @ y - (share.mT @ codes) @ out.rows()
-        got = None if cls.kernel is None or not kernel else cls.kernel.prompt(out, x, quantizer.analysis[..., :r], share, angles, by_torch)
+        got = None if cls.kernel is None or not kernel else cls.kernel.prompt(out, x, quantizer, share, angles, by_torch)
         out.codes, out.offset = got or by_torch()
         return out
 
@@ -547,22 +547,23 @@ def error_of(
     "Mean squared error of a token that counts."
     return ((x - coded).square() * weight).sum() / (weight.expand(*x.shape[:3], 1).sum()).clamp_min(1)
 
-# %% ../nbs/02b_spectral.ipynb #89fa4ed1
+# %% ../nbs/02b_spectral.ipynb #89c961d3
 def analysis_together(
     coded:list[Coded], # Keys or values of several layers, alike but for ranks
-) -> tuple[Tensor, Tensor]: # Rows `[B, H, len(coded), R, D]` float32, zeros beyond a rank, and what turns states into codes, of the same shape
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: # Basis int8 `[B, H, len(coded), R, D]`, zeros beyond a rank, its scale, rows `basis * scale`, and what turns states into codes, of the same shape
     "Rows of several bases and their pseudo-inverses, transposed."
     R, at, *_ = _joint(tuple(c.layout for c in coded), coded[0].basis.device)
     B, H, _, D = coded[0].basis.shape
-    rows = coded[0].scale.new_zeros(B, H, len(coded) * R, D)
-    rows = rows.index_copy_(2, at, torch.cat([c.basis for c in coded], 2) * torch.cat([c.scale for c in coded], 2)).view(B, H, len(coded), R, D)
+    joined = [torch.cat([getattr(c, n) for c in coded], 2) for n in ("basis", "scale")]
+    basis, scale = (t.new_zeros(B, H, len(coded) * R, t.shape[3]).index_copy_(2, at, t).view(B, H, len(coded), R, -1) for t in joined)
+    rows = basis * scale
     size = rows.norm(dim=-1, keepdim=True).clamp_min_(1e-20)
     unit = rows / size
     gram = unit @ unit.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(1e-6)
     L = torch.linalg.cholesky_ex(gram)[0]
     unit = torch.linalg.solve_triangular(L.mT, torch.linalg.solve_triangular(L, unit, upper=False), upper=True)
-    return rows, unit.div_(size)
+    return basis, scale, rows, torch.div(unit, size, out=torch.empty_like(rows)) # solvers give columns, the kernel takes rows
 
 def code_together(
     coded:list[Coded], # Keys or values of several layers, alike but for ranks
@@ -574,8 +575,8 @@ def code_together(
     "Codes of more tokens in the bases of several layers, by least squares; adds them nowhere."
     layouts = tuple(c.layout for c in coded)
     R, _, top, comps, *bits = _joint(layouts, x.device)
-    rows, analysis = analysis_together(coded)
-    if kernel and Coded.kernel is not None and (got := Coded.kernel.pages(coded, x, analysis, weight, angles)) is not None: return got
+    bases = _, _, rows, analysis = analysis_together(coded)
+    if kernel and Coded.kernel is not None and (got := Coded.kernel.pages(coded, x, bases, weight, angles)) is not None: return got
     x = x.float() if angles is None else turn(x, angles[0], -angles[1], angles[2])
     x = (x - torch.stack([c.offset for c in coded], 2)).mT
     codes = torch.minimum((analysis @ x).round_().clamp_(min=0), top)

@@ -1,8 +1,11 @@
 "Run by test_kernels.py with TRITON_INTERPRET=1: the encoding kernel against PyTorch, later pages and prompts, every layout and head_dim that kernel_cases.py knows."
 import sys
 import warnings
+import numpy as np
 import torch
 from kernel_cases import CASES, case
+from triton import language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from transformers import DynamicCache
 from spectral_nb import spectral
 from spectral_nb.cache import SpectralLayer
@@ -12,6 +15,8 @@ from spectral_nb.rope import rope_table
 from spectral_nb.spectral import Coded, code_pages, from_pages
 
 warnings.simplefilter("error", UserWarning)
+dot, number = InterpreterBuilder.create_dot, lambda o: TensorHandle((o.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if o.dtype.scalar == tl.bfloat16 else o
+InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, number(a), number(b), *rest) # Triton's own multiplies the bits of bfloat16
 
 
 def compare(got, want, layout, by_byte, edge):
@@ -25,7 +30,7 @@ def compare(got, want, layout, by_byte, edge):
 def edges(coded, x, angles):
     "How far each coefficient is from the edge of a cell."
     if angles is not None: x = spectral.turn(x, angles[0], -angles[1], angles[2])
-    y = (x.float() - coded.offset) @ spectral.analysis_together([coded])[1][:, :, 0].mT[..., :coded.layout.rank]
+    y = (x.float() - coded.offset) @ spectral.analysis_together([coded])[3][:, :, 0].mT[..., :coded.layout.rank]
     return (y + .5 - torch.round(y + .5))
 
 

@@ -24,15 +24,15 @@ class Compiled:
 
     def __getitem__(self, grid): return self.launch
 
-    def launch(self, *args, num_warps=4, num_stages=3, launch_pdl=False, **kw):
+    def launch(self, *args, num_warps=4, num_stages=3, launch_pdl=False, maxnreg=None, **kw):
         sig, attrs = {}, {}
         for i, (n, v) in enumerate(zip(self.fn.arg_names, args)):
             sig[n] = "*" + TYPES[v.dtype] if isinstance(v, torch.Tensor) else "fp32" if isinstance(v, float) else "i32"
-            if isinstance(v, torch.Tensor): attrs[(i,)] = [["tt.divisibility", 16]]
-        key = self.fn.__name__, self.arch, str(sig), str(kw), num_warps
+            if isinstance(v, torch.Tensor) or (isinstance(v, int) and v % 16 == 0 and not self.fn.params[i].do_not_specialize): attrs[(i,)] = [["tt.divisibility", 16]] # as a launch would find
+        key = self.fn.__name__, self.arch, str(sig), str(attrs), str(kw), num_warps, maxnreg
         if key in self.seen: return
         self.seen.add(key)
-        k = triton.compile(ASTSource(self.fn, {**sig, **dict.fromkeys(kw, "constexpr")}, kw, attrs=attrs), target=GPUTarget("cuda", self.arch, 32), options=dict(num_warps=num_warps, num_stages=num_stages, launch_pdl=launch_pdl))
+        k = triton.compile(ASTSource(self.fn, {**sig, **dict.fromkeys(kw, "constexpr")}, kw, attrs=attrs), target=GPUTarget("cuda", self.arch, 32), options=dict(num_warps=num_warps, num_stages=num_stages, launch_pdl=launch_pdl, maxnreg=maxnreg))
         path = Path(sys.argv[1]) / f"{self.fn.__name__}.cubin"
         path.write_bytes(k.asm["cubin"])
         used = subprocess.run([cuobjdump, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
@@ -50,8 +50,9 @@ for name in sys.argv[2:] or CASES:
         Compiled.arch, Compiled.case, store = arch, name, layer.cold
         cos, sin = anchor_angles(0, len(store), store.table, q.device)
         for c, x, turned in ((store.segments[-1].keys, store.key_states(), encode_kernels.factors((cos, sin, store.table.interleaved), q.shape[-1])), (store.segments[-1].values, store.value_states(), None)):
-            x = x.to(torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16)
-            encode_kernels.launch(x, analysis_together([c])[1][:, :, 0].mT, c.offset, c, turned is None, None if mask is None else torch.ones(len(q), 1, x.shape[2], 1), turned, arch == 75)
+            x = x.to(torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16 if name != "group1" else torch.float32)[:, :, None]
+            basis, scale, _, analysis = analysis_together([c])
+            for offset in (None, c.offset): encode_kernels.launch(x, (c.layout,), analysis, scale.mT, basis, scale, offset, c.by_byte, None if mask is None else torch.ones(len(q), 1, 1, x.shape[3], 1), turned, arch == 75)
         for projections in (0, 10 ** 6) if name in ("group4", "dim256") else (512,): # largest and smallest tile of `prepare`
             kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, replace(tuning, projections=projections))
 for r in Compiled.rows:

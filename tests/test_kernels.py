@@ -46,11 +46,12 @@ def test_a_wrong_encoding_kernel_is_never_used(monkeypatch, fault):
         m.setattr(Coded, "kernel", None)
         want, *_ = case(T=500)
         for _ in range(130): want.append(*(t[:, :, :1] for t in want.hot.states()))
-    def launch(x, analysis, offset, coded, *args, **kw):
+    def launch(x, layouts, analysis, bias, basis, scale, offset, *args, **kw):
         if fault == "launch": raise RuntimeError("no such instruction")
-        B, H, n, D = x.shape
-        shape = B, H, n // 128, -(-coded.layout.nbytes // 4) * 4 * 128
-        return torch.randint(0, 256, shape, dtype=torch.uint8) if fault == "codes" else torch.zeros(shape, dtype=torch.uint8), torch.ones(B, H, n // 32, D), torch.ones(B, H, n // 32)
+        B, H, N, n, D = x.shape
+        shape = B, H, n // 128, -(-layouts[0].nbytes // 4) * 4 * 128
+        pages = torch.randint(0, 256, shape, dtype=torch.uint8) if fault == "codes" else torch.zeros(shape, dtype=torch.uint8)
+        return [pages], torch.ones(B, H, N, n // 128, *(() if offset is not None else (D,)))
     encoder = encode_kernels.Encoder()
     monkeypatch.setattr(encode_kernels, "launch", launch)
     monkeypatch.setattr(encoder, "can", lambda x, layout: x.device not in encoder.failed)

@@ -84,7 +84,7 @@ class Launches(encode_kernels.Encoder):
 class Kernel:
     def __getitem__(self, grid): return self
 
-    def __call__(self, *args, **kw): Counter.current.add("encode", [], [args[0], *args[12:15]], 3 * 2 * args[0].numel() * kw["D"], torch.float16)
+    def __call__(self, *args, **kw): Counter.current.add("encode", [], [args[0], *args[3:9], *args[12:14]], 3 * 2 * args[0].numel() * kw["D"], torch.float16)
 
 
 def given(pools, budget, floor=0.):
@@ -98,7 +98,7 @@ def unread():
     FakeTensor.is_cuda = property(lambda self: True)
     spectral.most_numbers = lambda device, gpu, cpu: gpu
     spectral.Coded.kernel = Launches() if "--torch" not in sys.argv else None
-    cache.allocate, cache.check_finite = given, lambda parts: None
+    cache.allocate, cache.check_finite = given, lambda layer, most: None
     cache.settle = lambda stores: [setattr(o.segments[-1], "limits", (1e9, 1e9)) for o in stores]
     def add_pages(stores, pages, errors):
         for o, new in zip(stores, pages):
