@@ -367,7 +367,7 @@ def token_weight(self:SpectralLayer,
     slots = torch.arange(start, start + n, device=self.device)
     return ((slots >= self.padding_per_row()[:, None]) & ~self.is_landmark(start, start + n)).float()[:, None]
 
-# %% ../nbs/03_cache.ipynb #c2c5c920
+# %% ../nbs/03_cache.ipynb #84c4691c
 @patch(as_prop=True)
 def last_special(self:SpectralLayer) -> int: # Slot, -1: none
     "The last slot that is padding or a landmark. Waits for the device when these are others than at the last call."
@@ -379,7 +379,7 @@ def last_special(self:SpectralLayer) -> int: # Slot, -1: none
 @torch.no_grad()
 def freeze_page(
     layers:list[SpectralLayer], # Each with a page more than it should have
-    most:int=2 ** 22, # Float32 numbers of a temporary tensor
+    most:int=2 ** 23, # Float32 numbers of a temporary tensor
 ):
     "Move the oldest page of several layers from the hot tier to the cold one."
     groups, coded = defaultdict(list), []

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['encoder', 'byte_table', 'encode', 'factors', 'launch', 'Encoder', 'agree']
 
-# %% ../nbs/05c_encode_kernels.ipynb #09343562
+# %% ../nbs/05c_encode_kernels.ipynb #5674cb8c
 import warnings
 from contextlib import nullcontext
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .kernels import interpreted, jit, tl, triton, tuning_for
 from .spectral import GROUP, KEY_BYTES, PAGE, Coded, Layout, Quantizer, code_together, planes_of
 
-# %% ../nbs/05c_encode_kernels.ipynb #5190f03a
-@lru_cache(64)
+# %% ../nbs/05c_encode_kernels.ipynb #ee8449e3
+@lru_cache(256)
 def byte_table(
     layouts:tuple[Layout, ...], # Of several layers
     by_byte:bool, # Values; keys are filled up to a multiple of `KEY_BYTES`
@@ -25,16 +26,22 @@ def byte_table(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]: # Largest codes and unit of the lower plane float32 `[layers, 2, rank]`, places float16 `[layers, 2, rank, bytes]`, ranks, widths and where a layer's bytes begin int32 `[layers, 3]`, widths
     "How codes become the bytes of a token."
     widths = tuple(l.nbytes if by_byte else -(-l.nbytes // KEY_BYTES) * KEY_BYTES for l in layouts)
-    rank = max(l.rank for l in layouts)
-    levels, places = torch.zeros(len(layouts), 2, rank), torch.zeros(len(layouts), 2, rank, max(16, 1 << (max(widths) - 1).bit_length()))
-    for l, (least, most) in zip(layouts, zip(levels, places)):
-        split = [planes_of(int(b))[0][1] for b in l.components(l.rank)] # bits below the upper plane
-        least[:, :l.rank] = torch.stack([2. ** l.components(l.rank) - 1, .5 ** torch.tensor(split)])
-        for byte, parts in enumerate(l.parts()):
-            for c, shift, _, place in parts: most[int(shift < split[c]), c, byte] = 2 ** (place + (split[c] if shift < split[c] else 0))
+    rank, room = max(l.rank for l in layouts), max(16, 1 << (max(widths) - 1).bit_length())
+    levels, places = np.zeros((len(layouts), 2, rank), np.float32), np.zeros((len(layouts), 2, rank, room), np.float16)
+    for i, l in enumerate(layouts):
+        below = np.repeat([planes_of(b)[0][1] for b in l.bits], GROUP) # bits under the upper plane
+        levels[i, :, :l.rank] = 2. ** np.repeat(l.bits, GROUP) - 1, .5 ** below
+        at = 0
+        for w, members in l.planes().items():
+            if not members: continue
+            groups, shifts = np.repeat(members, GROUP, 0).T
+            c, n, m = groups * GROUP + np.arange(len(groups)) % GROUP, len(groups) * w // 8, np.arange(len(groups))
+            lower = shifts < below[c]
+            places[i, lower.astype(int), c, at + m % n] = 2. ** (m // n * w + lower * below[c])
+            at += n
     first = [sum(widths[:i]) for i in range(len(widths))]
-    sizes = torch.tensor([*zip((l.rank for l in layouts), widths, first)], dtype=torch.int32)
-    return *(t.to(device, non_blocking=True) for t in (levels, places.half(), sizes)), widths
+    sizes = np.array([*zip((l.rank for l in layouts), widths, first)], np.int32)
+    return *(torch.from_numpy(t).to(device, non_blocking=True) for t in (levels, places, sizes)), widths
 
 # %% ../nbs/05c_encode_kernels.ipynb #37e231e8
 @jit
