@@ -176,17 +176,27 @@ DISTORTION = {0: 1., 1: .3634, 2: .1188, 3: .03744, 4: .01154, 5: .003495, 6: .0
 STEP = {1: 1.5958, 2: .9957, 3: .586, 4: .3352, 5: .1881, 6: .1041, 8: .0335}
 STEP_SEARCH = (.6, .7, .8, .9, 1., 1.1, 1.25, 1.45) # Multiples of the Gaussian step that are tried
 
-# %% ../nbs/02b_spectral.ipynb #29885f61
+# %% ../nbs/02b_spectral.ipynb #a128d37d
+@lru_cache(16)
+def _gaussian(device:torch.device) -> tuple[Tensor, Tensor]: # Kept there: a copy would wait for the device
+    "Gaussian steps by bits, and the multiples to try."
+    return torch.tensor([STEP.get(b, 1.) for b in range(9)], device=device), torch.tensor(STEP_SEARCH, device=device)
+
 def best_step(
     y:Tensor, # Coefficients `[..., n, k]`, zero mean
     bits:int|Tensor, # Of all components, or of each (broadcastable to `[..., 1, k]`)
     weight:Tensor|None=None, # `[..., n, 1]`, 1, or 0 for tokens that do not count
+    kernel:bool=False, # Ask `Coded.kernel`
 ) -> Tensor: # `[..., 1, k]`
     "The step with the least squared error of each component, out of a few multiples of the Gaussian one."
     weight = torch.ones_like(y[..., :1]) if weight is None else weight
-    bits = torch.as_tensor(bits, device=y.device)
-    gaussian = torch.tensor([STEP.get(b, 1.) for b in range(9)], device=y.device)[bits]
-    outermost = 2. ** (bits - 1) - .5 # level, in steps
+    bits, (gaussian, multiples) = torch.as_tensor(bits, device=y.device), _gaussian(y.device)
+    gaussian, outermost = gaussian[bits], 2. ** (bits - 1) - .5 # level, in steps
+    by_torch = lambda: _best_step(y, gaussian, outermost, weight, multiples)
+    got = Coded.kernel.steps(y, weight, gaussian, outermost, multiples, by_torch) if kernel and Coded.kernel is not None else None
+    return by_torch() if got is None else got
+
+def _best_step(y, gaussian, outermost, weight, multiples):
     y = (y * (weight > 0)).abs_()
     sd = (y.norm(dim=-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp_min(1).sqrt()).clamp_min(1e-12)
     y = y.div_(sd)
@@ -197,8 +207,7 @@ def best_step(
         u = y / step
         missed = u.floor().clamp_(max=outermost - .5).sub_(u).add_(.5).mul_(step).square_()
         errors.append(weight.mT.to(y.dtype) @ missed)
-    best = torch.stack(errors).argmin(0)
-    return sd * gaussian * torch.tensor(STEP_SEARCH, device=y.device)[best]
+    return sd * gaussian * multiples[torch.stack(errors).argmin(0)]
 
 def quantize(
     y:Tensor, # Coefficients in steps
@@ -318,7 +327,7 @@ class Sensitivity:
     share:Tensor # Of the attention that coded tokens receive `[B, H, n, 1]`, sum 1
     queries:Tensor # Second moment of queries at anchors `[B, H, D, D]`
 
-# %% ../nbs/02b_spectral.ipynb #4f21fb48
+# %% ../nbs/02b_spectral.ipynb #11e08beb
 @torch.no_grad()
 def sensitivity(
     sample:Sample,
@@ -328,6 +337,7 @@ def sensitivity(
     start:int, # Slot of the first key
     table:RopeTable,
     dtype:torch.dtype|None=None, # Of large products; default: that of the keys, float32 on a CPU
+    kernel:bool=False, # Ask `Coded.kernel`
 ) -> Sensitivity: # For the first `n` tokens
     "Metrics of keys and values, from the attention of sampled queries."
     keys, values = ([x] if isinstance(x, Tensor) else x for x in (key_states, value_states))
@@ -361,10 +371,13 @@ def sensitivity(
     ones, none = lambda x: x.new_ones(1, dtype=dtype).expand(*x.shape[:-1], 2), lambda x: x.new_zeros(1, dtype=dtype).expand(*x.shape[:-1], 4) # a multiple of 8 columns
     moved = torch.cat([(-2 * oG).to(dtype), ones(oG), *pair((oG * oc).sum(-1, keepdim=True)), none(oG)], -1) @ torch.cat([vc.expand(*vG.shape[:-1], -1), *pair(vG), ones(vG), none(vG)], -1).mT
     moved = moved.clamp_min_(0).flatten(2, 3).view_as(a).float().mul_(a).mul_(a).sum(-1).mul_(skip)
-    at = query_at_anchors(queries, start, n // PAGE, table, skip).flatten(2, 3)
-    metric = (at * moved.mT.flatten(2)[..., None]).mT @ at * (size[..., 0] * sample.scaling ** 2 / q)
+    def by_torch():
+        at = query_at_anchors(queries, start, n // PAGE, table, skip).flatten(2, 3)
+        return (at * moved.mT.flatten(2)[..., None]).mT @ at, at.mT @ at
+    anchors = start + PAGE * torch.arange(0, n // PAGE, skip, device=first.device) + PAGE // 2
+    felt, plain = (kernel and Coded.kernel is not None and Coded.kernel.moments(queries, moved, (*table.rows(anchors), table.interleaved), by_torch)) or by_torch()
     received = torch.linalg.vector_norm(a.unflatten(2, (-1, q)), dim=(3, 4, 5), dtype=torch.float32).square()
-    return Sensitivity(metric, (received[..., None, None] * G).sum(2) * (skip / q), share, at.mT @ at / at.shape[2])
+    return Sensitivity(felt * (size[..., 0] * sample.scaling ** 2 / q), (received[..., None, None] * G).sum(2) * (skip / q), share, plain / (queries.shape[2] * len(anchors)))
 
 # %% ../nbs/02b_spectral.ipynb #a9cb42ab
 @dataclass
@@ -423,7 +436,7 @@ def allocate(
     given = np.split(widths[pick].astype(int), np.cumsum([len(c) for c in costs])[:-1])
     return [Layout(tuple(b for b in sorted(g.tolist(), reverse=True) if b)) for g in given]
 
-# %% ../nbs/02b_spectral.ipynb #a57d0664
+# %% ../nbs/02b_spectral.ipynb #9ca22c3e
 @dataclass
 class Quantizer:
     "How states become codes, and what a code stands for: all components, those of 0 bits included, `[B, H, ...]`."
@@ -442,13 +455,14 @@ class Quantizer:
         weight:Tensor, # 0 for tokens that do not count `[B, H or 1, m, 1]`
         s:Spectrum,
         bits:Tensor, # Of each component `[B, D]`
+        kernel:bool=False, # Ask `Coded.kernel`
     ):
         "Search steps, and fold them into the rows."
         bits = bits[:, None, None]
         top = 2. ** bits - 1
         x = x - s.mean
         y = x @ s.analysis
-        step = best_step(y, bits, weight)
+        step = best_step(y, bits, weight, kernel)
         rows = s.synthesis * step.mT
         scale = rows.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
         basis = (rows / scale).round_()
@@ -789,7 +803,7 @@ class SpectralStore:
             n -= len(s); kept.append(s)
         self.segments = kept
 
-# %% ../nbs/02b_spectral.ipynb #499c0141
+# %% ../nbs/02b_spectral.ipynb #2afd6a0e
 @torch.no_grad()
 def measure_together(
     stores:list[SpectralStore], # With as many tokens
@@ -822,14 +836,14 @@ def _measure(stores, samples, states, weights, angles):
     else:
         row = lambda x, dims: x if x.ndim == dims else x.expand(B, *x.shape) # what belongs to a layer, for each row of its batch
         sample = Sample(join([o.queries for o in samples]), join([row(o.slots, 2) for o in samples]), join([row(o.gram() if callable(o.gram) else o.gram, 4) for o in samples]), first.scaling, first.softcap)
-        s = sensitivity(sample, *map(list, zip(*states)), weight, start, table)
+        s = sensitivity(sample, *map(list, zip(*states)), weight, start, table, kernel=stores[0].config.kernel != "torch")
     found, fine = [moments(x, weight[:, :, ::stride]) for x in (keys, values)], max(1, keys.shape[2] // STEP_TOKENS)
     held = tuple(x[:, :, ::fine].to(kind, copy=True) for x in (keys, values))
     for i, o in enumerate(stores):
         at = lambda x: x[i * B:i * B + B]
         o.measured = Measured(None if samples[i] is None else samples[i].scaling, samples[i] is None or samples[i].softcap is not None, at(weight), Sensitivity(*map(at, vars(s).values())), [tuple(map(at, m)) for m in found], tuple(map(at, held)), stride * fine)
 
-# %% ../nbs/02b_spectral.ipynb #87da3242
+# %% ../nbs/02b_spectral.ipynb #5f1d2346
 @torch.no_grad()
 def fit_bases(
     stores:list[SpectralStore], # All measured
@@ -861,7 +875,7 @@ def plan(
             jobs.append((x, m.weight[:, :, ::m.stride], s.variance, s.analysis, s.synthesis, s.mean, bits[at:at + D].expand(len(x), -1)))
             at += D
         m.states = None
-    quantizers = [Quantizer(*o) for o in together(lambda x, w, *a: vars(Quantizer.fit(x.float(), w, Spectrum(*a[:4]), a[4])).values(), *zip(*jobs))]
+    quantizers = [Quantizer(*o) for o in together(lambda x, w, *a: vars(Quantizer.fit(x.float(), w, Spectrum(*a[:4]), a[4], stores[0].config.kernel != "torch")).values(), *zip(*jobs))]
     error, spread = (torch.stack([getattr(q, n).to(bits.device) for q in quantizers]).mean(-1) for n in ("error", "spread"))
     limits = (stores[0].config.drift * error + .05 * spread).view(-1, 2)
     for i, o in enumerate(stores): o.measured.quantizers, o.measured.layouts, o.measured.limits = quantizers[2 * i:2 * i + 2], layouts[2 * i:2 * i + 2], limits[i]

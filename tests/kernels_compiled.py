@@ -42,7 +42,9 @@ class Compiled:
 
 
 for name in ("prepare", "decode", "decode_gemv", "merge"): setattr(kernels, name, Compiled(getattr(kernels, name)))
-encode_kernels.encode = Compiled(encode_kernels.encode)
+for name in ("encode", "query_moments", "try_steps"): setattr(encode_kernels, name, Compiled(getattr(encode_kernels, name)))
+encoder = encode_kernels.Encoder()
+encoder.measures, encoder.run = lambda x: x.shape[-1] <= 128 and Compiled.arch > 75, lambda x, kind, by_kernel, *_: by_kernel()
 for name in sys.argv[2:] or CASES:
     for arch, tuning in ((75, kernels.T4), (80, kernels.Tuning()), (90, kernels.Tuning()), (90, kernels.Tuning(pdl=True))):
         layer, q, k, v, mask, softcap = case(**CASES[name])
@@ -53,8 +55,10 @@ for name in sys.argv[2:] or CASES:
             x = x.to(torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16 if name != "group1" else torch.float32)[:, :, None]
             basis, scale, _, analysis = analysis_together([c])
             for offset in (None, c.offset): encode_kernels.launch(x, (c.layout,), analysis, scale.mT, basis, scale, offset, c.by_byte, None if mask is None else torch.ones(len(q), 1, 1, x.shape[3], 1), turned, arch == 75)
+        encoder.moments(q.expand(-1, -1, 64, -1), torch.ones(*q.shape[:2], 64, 2), (cos[::128][:2], sin[::128][:2], store.table.interleaved), None)
+        encoder.steps(*(torch.ones(2, 2, n, d) for n, d in ((512, q.shape[-1]), (512, 1), (1, q.shape[-1]), (1, q.shape[-1]))), torch.ones(8), None)
         for projections in (0, 10 ** 6) if name in ("group4", "dim256") else (512,): # largest and smallest tile of `prepare`
             kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, replace(tuning, projections=projections))
 for r in Compiled.rows:
-    if r["arch"] == 75 or r["kernel"] == "encode": assert r["shared"] <= 48 * 1024, r
+    if r["arch"] == 75 or r["kernel"] in ("encode", "try_steps"): assert r["shared"] <= 48 * 1024, r
     assert r["stack"] <= (768 if r["arch"] == 75 else 256), r # spilled bytes a thread

@@ -75,16 +75,20 @@ class Counter(TorchDispatchMode):
 
 
 class Launches(encode_kernels.Encoder):
-    "The encoding kernel, believed; a launch counts as one operation that reads states and writes codes."
+    "The kernels, believed; a launch counts as one operation that reads its inputs and writes its results."
     def can(self, x, layout): return layout.rank > 0
 
-    def run(self, x, kind, by_kernel, by_torch, layout): return by_kernel()
+    def measures(self, x): return True
+
+    def run(self, x, kind, by_kernel, by_torch, same): return by_kernel()
 
 
 class Kernel:
+    def __init__(self, name, flops): self.name, self.flops = name, flops
+
     def __getitem__(self, grid): return self
 
-    def __call__(self, *args, **kw): Counter.current.add("encode", [], [args[0], *args[3:9], *args[12:14]], 3 * 2 * args[0].numel() * kw["D"], torch.float16)
+    def __call__(self, *args, **kw): Counter.current.add(self.name, [], [t for t in args if isinstance(t, torch.Tensor)], self.flops(args, kw), torch.float16)
 
 
 def given(pools, budget, floor=0.):
@@ -94,7 +98,8 @@ def given(pools, budget, floor=0.):
 
 def unread():
     "What a GPU would do otherwise: its choices of dtypes and sizes, and reads of the device, which have no answer here."
-    encode_kernels.encode, cache.HotTier.write = Kernel(), lambda tier, *new: True # a launch each
+    encode_kernels.encode, cache.HotTier.write = Kernel("encode", lambda args, kw: 3 * 2 * args[0].numel() * kw["D"]), lambda tier, *new: True # a launch each
+    encode_kernels.query_moments, encode_kernels.try_steps = Kernel("query_moments", lambda args, kw: 2 * 2 * args[4].numel() * kw["D"] ** 2), Kernel("try_steps", lambda args, kw: 0)
     FakeTensor.is_cuda = property(lambda self: True)
     spectral.most_numbers = lambda device, gpu, cpu: gpu
     spectral.Coded.kernel = Launches() if "--torch" not in sys.argv else None
