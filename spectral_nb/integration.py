@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'FAST_TYPES', 'GENERATE_REFUSED', 'DECODE_ARGS', 'LOOP_ARGS', 'PREFILL_ARGS', 'LOOPS', 'DENSE_PAST',
            'base_model', 'model_route', 'check_supported', 'check_generate', 'LayerStates', 'FastPathCache', 'storing',
-           'project', 'rotate', 'keep_mask', 'SpectralPatch', 'known_layer_weights', 'attend_function', 'some_queries',
-           'received_attention', 'check_unsloth', 'clone_with', 'decode_forward', 'coded_at_the_end', 'stand_in',
-           'patch_unsloth_attention', 'unpatch_unsloth_attention', 'spectral']
+           'project', 'rotate', 'keep_mask', 'SpectralPatch', 'attend_function', 'some_queries', 'received_attention',
+           'check_unsloth', 'clone_with', 'decode_forward', 'coded_at_the_end', 'stand_in', 'patch_unsloth_attention',
+           'unpatch_unsloth_attention', 'spectral']
 
-# %% ../nbs/06_integration.ipynb #38123081
-import copy, functools, importlib.util, inspect, json, logging, types
+# %% ../nbs/06_integration.ipynb #50f77098
+import copy, functools, importlib.util, inspect, logging, types, warnings
 from dataclasses import replace
 from collections import deque
 from contextlib import contextmanager, nullcontext
@@ -223,14 +223,6 @@ class SpectralPatch:
         self.saved.clear()
 
     def __repr__(self): return f"SpectralPatch({self.route}{' plan ' + self.plan if self.route == 'fast' else ''}, prefill {self.prefill}, decode {self.decode})"
-
-# %% ../nbs/06_integration.ipynb #1f74afb5
-def known_layer_weights(
-    model, # A causal language model
-) -> list[tuple[float, float]]|None: # For `SpectralCache(..., layer_weights=...)`
-    "Layer weights that have been measured for this model, or None."
-    path = calibrate.weights_path(model)
-    return [tuple(w) for w in json.loads(path.read_text())["weights"]] if path.is_file() else None
 
 # %% ../nbs/06_integration.ipynb #851ac736
 def attend_function(
@@ -762,7 +754,34 @@ def remove(self:SpectralPatch):
     if self.route != "fast" and self.text._attn_implementation == "spectral": self.model.set_attn_implementation(self.implementation)
     self.restore()
 
-# %% ../nbs/06_integration.ipynb #c5d62c68
+# %% ../nbs/06_integration.ipynb #def7def7
+@patch
+def read_probe(self:SpectralPatch,
+    ids:Tensor, # `[1, n]`
+    cache:SpectralCache, # Takes them
+    keep:int, # Last tokens to have logits of
+) -> Tensor: # Logits `[1, keep, vocab]`
+    "A call of the patched model, under autocast where Unsloth's `generate` runs under it."
+    dtype = self.model.config.dtype if isinstance(self.model.config.dtype, torch.dtype) else self.model.dtype
+    with torch.autocast(ids.device.type, dtype) if self.route != "transformers" and dtype in (torch.float16, torch.bfloat16) else nullcontext():
+        return self.model(input_ids=ids, past_key_values=cache, use_cache=True, return_dict=True, logits_to_keep=keep).logits[:, -keep:]
+
+@patch
+def measure(self:SpectralPatch):
+    "Measure layer weights, or warn."
+    limit = getattr(self.model, "max_seq_length", None) if self.route == "fast" else None
+    self.say(f"measuring what errors of each layer's keys and values cost {type(self.model).__name__}, once for this model")
+    try:
+        with calibrate.probing(self.model, switch=self.route != "fast" and not self.use_spectral_attention): # for queries to fit bases to
+            self.layer_weights = calibrate.layer_weights(self.model, tokens=min(1024, limit or 1024), read=self.read_probe)
+    except Exception as e:
+        warnings.warn(f"what errors of each layer cost {type(self.model).__name__} could not be measured ({type(e).__name__}: {e}). Every layer gets the same share of the bits, with which a model may recall much less of a long prompt at this ratio. "
+                      "Pass layer_weights= as spectral_nb.calibrate.layer_weights measures them where this model runs under transformers, ask for a lower ratio, or pass layer_weights='equal' to accept equal shares")
+    n = len(self.prefill)
+    self.prefill, self.decode, self.forwards = [0] * n, [0] * n, 0
+    self.trace.clear()
+
+# %% ../nbs/06_integration.ipynb #61c5aa20
 def patch_unsloth_attention(
     model, # Loaded by `FastLanguageModel`, `FastModel` or transformers; with LoRA or without
     ratio:float|None=None, # Bytes of a dense 16-bit cache over bytes kept (spectral coding)
@@ -778,7 +797,7 @@ def patch_unsloth_attention(
     verbose:bool=False, # Print what was patched, and a line after each `generate`
     plan:str|None=None, # "A" or "B", to choose by hand (fast route)
     spectral_config:SpectralConfig|None=None, # All settings at once
-    layer_weights:list[tuple[float, float]]|None=None, # What errors of each layer cost (spectral coding); default: what was measured for this model, if it was
+    layer_weights:list[tuple[float, float]]|str|None=None, # What errors of each layer cost (spectral coding), or "equal" for equal shares; default: measured once for this model
     **kwargs, # Further fields of `SpectralConfig`
 ) -> SpectralPatch: # Counters, settings and trace
     "Compress keys and values of every `generate` and `forward` of this model from now on."
@@ -792,25 +811,32 @@ def patch_unsloth_attention(
     if spectral_config is not None and kwargs: raise ValueError(f"pass either a SpectralConfig or its fields, got both: {', '.join(kwargs)}")
     if plan not in (None, "A", "B"): raise ValueError(f"plan must be A, B or None, got {plan!r}")
     settings = spectral_config or SpectralConfig(**kwargs), use_spectral_attention, use_triton_kernel, plan, debug_logging, verbose
+    if isinstance(layer_weights, str) and layer_weights != "equal": raise ValueError(f"layer_weights must be a pair of numbers for each layer, 'equal' or None, got {layer_weights!r}")
     check_supported(base)
-    if layer_weights is None and settings[0].coding == "spectral": layer_weights = known_layer_weights(base)
+    measure = layer_weights is None and settings[0].coding == "spectral"
+    if measure: layer_weights = calibrate.known_layer_weights(base)
+    elif isinstance(layer_weights, str): layer_weights = None
+    measure = measure and layer_weights is None
     old = base.__dict__.get("_spectral_patch")
     if old is not None:
         if (old.use_spectral_attention, old.wanted_plan) == (use_spectral_attention, plan):
             old.configure(*settings)
             old.layer_weights = layer_weights
+            if measure and old.new_cache().spectral_layers: old.measure()
             return old
         old.remove()
     new = SpectralPatch(base, *settings)
     new.layer_weights = layer_weights
-    new.new_cache() # warns where nothing can be compressed
-    try: new.install()
+    measure = bool(new.new_cache().spectral_layers) and measure # warns where nothing can be compressed
+    try:
+        new.install()
+        if measure: new.measure()
     except BaseException:
-        new.restore()
+        new.remove()
         if old is not None: old.install()
         raise
     new.say(f"{type(base).__name__}: route {new.route}" + (f", plan {new.plan}" if new.plan else "") + f", {len(new.prefill)} layers, {new.config}"
-            + ("" if layer_weights or new.config.coding != "spectral" else "; layer weights were not measured (spectral_nb.calibrate.layer_weights), every layer gets the same share"))
+            + ("" if layer_weights or new.config.coding != "spectral" else "; every layer gets the same share"))
     return new
 
 # %% ../nbs/06_integration.ipynb #4dc690b6

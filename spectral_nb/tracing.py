@@ -233,7 +233,7 @@ def check_import_contamination(
 ) -> ContaminationReport:
     "Identities of functions before and after an import, a patch and its removal."
     if model is None and patch is None: raise ValueError("pass a model, or functions that patch and unpatch something")
-    patch, unpatch = patch or (lambda: patch_unsloth_attention(model)), unpatch or (lambda: unpatch_unsloth_attention(model))
+    patch, unpatch = patch or (lambda: patch_unsloth_attention(model, layer_weights="equal")), unpatch or (lambda: unpatch_unsloth_attention(model))
     rows, look = [], lambda: snapshot(model, prefixes)
     if imports:
         start, had = look(), set(sys.modules)

@@ -248,7 +248,7 @@ def bench(args):
             try:
                 if kw is None: row |= run()
                 else:
-                    with spectral(model, **kw): row |= run()
+                    with spectral(model, **kw, layer_weights="equal"): row |= run()
             except Exception as e: row |= dict(error=repr(e)[:300])
             rows.add(**row)
             clean(model)

@@ -1,12 +1,14 @@
 "The pocket model: its size, its bytes, that damage is noticed, and that it recalls."
+import json
 import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spectral_nb import pocket
+from spectral_nb import calibrate, pocket
 from spectral_nb.needle import answer_matches, make_needle, plant
 from spectral_nb.pocket import SHA256, check_sha256, data_path, haystack, load_pocket
 
@@ -76,3 +78,23 @@ def test_a_prompt_in_parts_recalls_and_keeps_its_ratio(chunk):
     out = model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False)
     assert answer_matches(tok.decode(out[0, ids.shape[1]:]), fact)
     assert len(cache.layers[0].cold.segments) > 1 and 6 < cache.ratio < 11
+
+
+@pytest.mark.parametrize("path", ["spectral_nb/data/pocket", "tests/models/qwen3"])
+def test_layer_weights_are_found_in_every_dtype(path, tmp_path, monkeypatch):
+    "Those beside the model, but not for a model of the same shapes; files that are none of ours do no harm."
+    monkeypatch.setenv("SPECTRAL_NB_CACHE", str(tmp_path))
+    path = Path(__file__).parent.parent / path
+    want = [tuple(w) for w in json.loads((path / calibrate.WEIGHTS_FILE).read_text())["weights"]]
+    models = [AutoModelForCausalLM.from_pretrained(path, dtype=t) for t in (torch.float32, torch.float16, torch.bfloat16)]
+    for model in models: assert calibrate.known_layer_weights(model) == want, model.dtype
+    name = calibrate.fingerprint(model)["shapes"]
+    for i, text in enumerate(("", "[]", '{"fingerprint": "d819a809006d603a", "weights": []}')): (tmp_path / f"{name}-{i}.json").write_text(text)
+    with torch.no_grad(): model.model.layers[3].self_attn.v_proj.weight *= 1.05
+    assert calibrate.known_layer_weights(model) is None
+    calibrate.keep_weights(model, [(1., 2.)])
+    assert calibrate.known_layer_weights(model) == [(1., 2.)] and calibrate.known_layer_weights(models[0]) == want
+    with torch.no_grad(): model.get_input_embeddings().weight[model.config.vocab_size // 3] = 0 # Unsloth does that to the padding token
+    assert calibrate.known_layer_weights(model) == [(1., 2.)]
+    monkeypatch.setenv("SPECTRAL_NB_CACHE", str(tmp_path / f"{name}-0.json"))
+    with pytest.warns(UserWarning, match="cannot be kept in .* set SPECTRAL_NB_CACHE"): assert calibrate.keep_weights(model, [(1., 2.)]) is None

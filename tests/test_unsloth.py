@@ -4,11 +4,13 @@ import functools
 import gc
 import importlib.util
 import inspect
+import json
 import logging
 import re
 import shutil
 import sys
 import types
+import warnings
 import weakref
 
 import pytest
@@ -44,6 +46,7 @@ from tokenizers import Tokenizer, models  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerFast  # noqa: E402
 from unsloth import FastLanguageModel  # noqa: E402
 
+from spectral_nb import calibrate  # noqa: E402
 from spectral_nb.attention import attend  # noqa: E402
 from spectral_nb.cache import SpectralCache, SpectralLayer  # noqa: E402
 from spectral_nb.codec import SpectralConfig  # noqa: E402
@@ -362,7 +365,7 @@ def test_bfloat16(monkeypatch):
         assert ((got.logits[1] - stock.logits[1]).abs().max() / stock.logits[1].abs().max()).item() < .05
         layer = got.past_key_values.layers[0]
         assert layer.landmark_keys.dtype == layer.get_kv()[0].dtype == torch.bfloat16
-    with spectral(model, coding="spectral", bits=6, fit_length=144, hot_buffer_size=16): got = generate(model, prompt(3), max_new_tokens=8)
+    with spectral(model, coding="spectral", bits=6, fit_length=144, hot_buffer_size=16, layer_weights="equal"): got = generate(model, prompt(3), max_new_tokens=8)
     assert torch.isfinite(torch.stack(got.logits)).all() and len(got.past_key_values.layers[0].cold) == 128
 
 
@@ -372,6 +375,8 @@ def test_lora(name):
     with torch.no_grad():
         for n, p in model.named_parameters():
             if "lora_B" in n: p.normal_(0, .05)
+    base = calibrate.fingerprint(reference(name))
+    assert all(calibrate.same_model(calibrate.fingerprint(m), base) for m in (model, model.get_base_model())), "layer weights of the base model are not found for it with LoRA"
     FastLanguageModel.for_inference(model)
     inputs = prompt(3)
     plain = generate(reference(name), inputs)
@@ -412,8 +417,8 @@ def test_prompt_queries_are_those_of_the_model(llama):
 def test_spectral_coding_is_what_plain_transformers_gives(name):
     "Bases are fitted to the same queries on all routes: those recomputed here, those that pass through transformers' attention there."
     config = SpectralConfig(coding="spectral", bits=3, fit_length=144, hot_buffer_size=16)
-    with spectral(loaded(name), spectral_config=config): ours = generate(loaded(name), prompt(3), max_new_tokens=8)
-    with spectral(reference(name), spectral_config=config): plain = generate(reference(name), prompt(3), max_new_tokens=8)
+    with spectral(loaded(name), spectral_config=config, layer_weights="equal"): ours = generate(loaded(name), prompt(3), max_new_tokens=8)
+    with spectral(reference(name), spectral_config=config, layer_weights="equal"): plain = generate(reference(name), prompt(3), max_new_tokens=8)
     dense = generate(reference(name), prompt(3), max_new_tokens=8)
     layers = [o for o in ours.past_key_values.layers if isinstance(o, SpectralLayer)]
     assert layers and all(len(o.cold) == 128 for o in layers)
@@ -451,7 +456,7 @@ def test_torch_operations_of_a_decode_step(kind, batch, monkeypatch):
                 with CountOps() as c: past = model(input_ids=ids[:, :1], attention_mask=mask[:, :701 + i], position_ids=torch.full((batch, 1), 700 + i), past_key_values=past, use_cache=True, return_dict=True).past_key_values
         return sum(c.seen.values()) / 8
     stock = count()
-    with no_kernels() as launched, spectral(model, ratio=8, use_triton_kernel=True) as patched:
+    with no_kernels() as launched, spectral(model, ratio=8, use_triton_kernel=True, layer_weights="equal") as patched:
         patched.turn_in_place = rope
         ours = count()
     assert ours < stock - 5 and ours < 56, (ours, stock) # what a step does once counts here as an eighth
@@ -472,7 +477,7 @@ def test_a_prompt_is_coded_when_nothing_else_is_alive(kind, monkeypatch):
         begun.append((live.now, sum(t.untyped_storage().nbytes() for o in layers for t in o.tensors().values())))
         return fit(layers, *args)
     monkeypatch.setattr(cache_module, "fit_layers", begin)
-    with torch.inference_mode(), spectral(model, ratio=8, exact_dtype="float32"):
+    with torch.inference_mode(), spectral(model, ratio=8, exact_dtype="float32", layer_weights="equal"):
         model(input_ids=ids[:, :300], use_cache=True, return_dict=True) # tables are made
         with live: past = model(input_ids=ids, use_cache=True, return_dict=True, logits_to_keep=1).past_key_values
     (alive, held), one = begun[-1], 2 * 2 * 1500 * 64 * 4 # a layer's keys and values
@@ -499,6 +504,8 @@ def pocket(kind):
                 if k.endswith("bias"): p.zero_()
             new.resize_token_embeddings(8256, mean_resizing=False).weight[8192:] = 0 # the tokenizer class of qwen2 adds tokens of its own
         new.save_pretrained(path)
+        about = json.loads((path / calibrate.WEIGHTS_FILE).read_text())
+        (path / calibrate.WEIGHTS_FILE).write_text(json.dumps(about | dict(fingerprint=calibrate.fingerprint(new))))
     return load(path, length=2048), AutoTokenizer.from_pretrained(data_path())
 
 
@@ -524,9 +531,60 @@ def test_recall_on_the_pocket_model(kind, codec):
     with spectral(model, **CODECS[codec]) as patched: ours, out = recall()
     a, b = stock.logits[1], out.logits[1] # of the first step that attends to the cache
     assert 0 < ((a - b).norm(dim=-1) / a.norm(dim=-1)).max() < .1
-    if (kind, codec) == ("llama", "spectral"): assert len(patched.layer_weights) == 6, "weights measured beside the checkpoint were not found for the model as Unsloth loaded it"
+    if codec == "spectral": assert len(patched.layer_weights) == 6, "weights measured beside the checkpoint were not found for the model as Unsloth loaded it"
     assert all(ours)
     assert all(len(o.cold) for o in out.past_key_values.layers)
+
+
+# --- what errors of each layer cost
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_a_16_bit_model_are_found_and_recall(dtype, monkeypatch):
+    "Two codes in 3000 tokens at 8x, that are lost where every layer gets the same share."
+    import random
+    monkeypatch.setattr(calibrate, "probe_layers", None)
+    model, tok, dtype = load(data_path(), torch.float16, 4096), AutoTokenizer.from_pretrained(data_path()), getattr(torch, dtype)
+    model.to(dtype).config.dtype = dtype # on a CPU Unsloth loads bfloat16 as float16
+    rng, trials = random.Random(0), []
+    for depth in (.1, .3, .5, .7, .9):
+        needle = make_needles(1, rng)[0]
+        trials.append((plant(tok, haystack("report")[0], needle, depth, 3000), needle))
+    trials = trials[::4]
+    ids = torch.tensor([t.ids for t, _ in trials])
+    with spectral(model, ratio=8) as patched: out = generate(model, dict(input_ids=ids, attention_mask=torch.ones_like(ids)), max_new_tokens=8, pad_token_id=2)
+    assert [list(w) for w in patched.layer_weights] == json.loads((data_path() / calibrate.WEIGHTS_FILE).read_text())["weights"]
+    assert [answer_matches(tok.decode(o[3000:]), n) for o, (_, n) in zip(out.sequences, trials)] == [True] * len(trials)
+    assert out.past_key_values.ratio > 7
+
+
+@pytest.mark.parametrize("name,tokens", [("llama", 512), ("qwen3", 512), ("gemma2", 512), ("granite", 1024)]) # Unsloth's own inference was loaded for 512
+def test_an_unknown_model_is_measured_once(name, tokens, tmp_path, monkeypatch):
+    "Through the patch, with the numbers of plain transformers; the second patch reads the file."
+    want = calibrate.layer_weights(reference(name), tmp_path / "plain", tokens=tokens, progress=False)
+    monkeypatch.setenv("SPECTRAL_NB_CACHE", str(tmp_path / "ours"))
+    model = loaded(name)
+    model.train()
+    with spectral(model, ratio=8) as patched:
+        assert not any(patched.prefill + patched.decode) and model.training
+        ours = patched.layer_weights
+    model.eval()
+    assert [x for w in ours for x in w] == pytest.approx([x for w in want for x in w], rel=.05)
+    assert any(x > 0 for w in ours for x in w) and len(list((tmp_path / "ours").iterdir())) == 1
+    monkeypatch.setattr(calibrate, "probe_layers", None)
+    with spectral(model, ratio=8) as patched: assert patched.layer_weights == ours
+
+
+def test_a_model_that_cannot_be_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPECTRAL_NB_CACHE", str(tmp_path))
+    model = load(checkpoint("llama"), length=256) # the text to measure on is longer
+    with pytest.warns(UserWarning, match="could not be measured .ValueError: need at least 512 tokens, got 256.. Every layer gets the same share .* layer_weights='equal'"):
+        patched = patch_unsloth_attention(model, ratio=8)
+    assert patched.layer_weights is None and not list(tmp_path.iterdir())
+    assert generate(model, prompt(1), max_new_tokens=2).sequences.shape[1] == 152
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for kw in (dict(layer_weights="equal"), dict(layer_weights=[(1., 1.)] * 2), dict(k_rank_keys=8)): patch_unsloth_attention(model, **{"ratio": None if "k_rank_keys" in kw else 8, **kw})
+    with pytest.raises(ValueError, match="'equal' or None, got 'same'"): patch_unsloth_attention(model, ratio=8, layer_weights="same")
 
 
 # --- settings, refusals, restoring
@@ -554,7 +612,7 @@ def test_context_inside_a_patched_model(llama):
 def test_settings_reach_the_cache(llama):
     with spectral(llama, block_size=64, k_rank_keys=4, k_rank_values=5, hot_buffer_size=7, landmark_count=2, use_attention_weighted_svd=True) as patched:
         assert patched.config == SpectralConfig(coding="rank", block_size=64, k_rank_keys=4, k_rank_values=5, hot_buffer_size=7, landmark_count=2, use_attention_weighted_svd=True)
-    with spectral(llama, ratio=5, landmark_count=1) as patched: assert patched.config == SpectralConfig(coding="spectral", ratio=5, landmark_count=1)
+    with spectral(llama, ratio=5, landmark_count=1, layer_weights="equal") as patched: assert patched.config == SpectralConfig(coding="spectral", ratio=5, landmark_count=1)
     with pytest.raises(ValueError, match="pass one or the other"): patch_unsloth_attention(llama, ratio=5, k_rank_keys=3)
     with pytest.raises(ValueError, match="either a SpectralConfig or its fields, got both: block_size"): patch_unsloth_attention(llama, block_size=3, spectral_config=lossy())
 

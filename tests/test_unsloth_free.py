@@ -6,6 +6,7 @@ import torch
 from tiny import CONFIGS, head_dim, prompt, tiny_model
 from transformers import DynamicCache
 
+from spectral_nb import calibrate
 from spectral_nb.cache import SpectralCache
 from spectral_nb.codec import SpectralConfig
 from spectral_nb.integration import model_route, patch_unsloth_attention, spectral, unpatch_unsloth_attention
@@ -110,7 +111,7 @@ def test_dense_states_are_refused(llama):
     dense = DynamicCache(config=llama.config)
     ids = prompt(1)["input_ids"]
     llama(ids, past_key_values=dense)
-    with spectral(llama), pytest.raises(ValueError, match="computed without compression"): llama(ids[:, -1:], past_key_values=dense)
+    with spectral(llama, layer_weights="equal"), pytest.raises(ValueError, match="computed without compression"): llama(ids[:, -1:], past_key_values=dense)
 
 
 def test_cache_that_stands_still_raises(llama, monkeypatch):
@@ -123,7 +124,7 @@ def test_cache_that_stands_still_raises(llama, monkeypatch):
 
 def test_without_a_cache(llama):
     want = generate(llama, prompt(1), use_cache=False).sequences
-    with spectral(llama): assert torch.equal(generate(llama, prompt(1), use_cache=False).sequences, want)
+    with spectral(llama, layer_weights="equal"): assert torch.equal(generate(llama, prompt(1), use_cache=False).sequences, want)
 
 
 def test_attention_that_bypasses_the_interface_gets_rebuilt_states(llama, caplog):
@@ -162,3 +163,29 @@ def test_unsupported_models_are_left_alone():
     before = dict(model.__dict__)
     with pytest.raises(ValueError, match="'gpt2' is not supported; supported: cohere"): patch_unsloth_attention(model)
     assert model.__dict__ == before and model_route(model) == "transformers"
+
+
+@pytest.mark.parametrize("spectral_attention", [True, False])
+def test_an_unknown_model_is_measured_once(llama, tmp_path, monkeypatch, spectral_attention):
+    "By a patch, whatever its settings, as by `spectral_cache`; a model that cannot be measured is told of."
+    want = calibrate.layer_weights(llama, tmp_path / "plain", progress=False)
+    monkeypatch.setenv("SPECTRAL_NB_CACHE", str(tmp_path / "ours"))
+    llama.train()
+    with spectral(llama, ratio=8, use_spectral_attention=spectral_attention) as patched: ours = patched.layer_weights
+    assert llama.training and llama.config._attn_implementation == "eager" and not any(patched.prefill + patched.decode)
+    llama.eval()
+    assert [x for w in ours for x in w] == pytest.approx([x for w in want for x in w], rel=.05)
+    monkeypatch.setattr(calibrate, "probe_layers", None)
+    with spectral(llama, ratio=8) as patched: assert patched.layer_weights == calibrate.spectral_cache(llama, ratio=8).layer_weights == ours
+    monkeypatch.setenv("SPECTRAL_NB_CACHE", str(tmp_path / "nothing"))
+    with pytest.warns(UserWarning, match="could not be measured .TypeError.* lower ratio"), spectral(llama, ratio=8) as patched: assert patched.layer_weights is None
+    assert llama.config._attn_implementation == "eager"
+
+
+def test_stopped_while_measuring(llama, tmp_path, monkeypatch):
+    "The model is not left patched."
+    def stop(*args, **kwargs): raise KeyboardInterrupt
+    monkeypatch.setenv("SPECTRAL_NB_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibrate, "probe_layers", stop)
+    with pytest.raises(KeyboardInterrupt): patch_unsloth_attention(llama, ratio=8)
+    assert not [k for k in llama.__dict__ if k.startswith("_spectral") or k in ("forward", "generate")] and llama.config._attn_implementation == "eager"
