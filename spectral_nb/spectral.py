@@ -327,7 +327,23 @@ class Sensitivity:
     share:Tensor # Of the attention that coded tokens receive `[B, H, n, 1]`, sum 1
     queries:Tensor # Second moment of queries at anchors `[B, H, D, D]`
 
-# %% ../nbs/02b_spectral.ipynb #11e08beb
+# %% ../nbs/02b_spectral.ipynb #720c9e36
+def _feelings(
+    a:Tensor, # Probabilities `[B, H, heads * q, pages, PAGE]`, 0: not coded
+    vc:Tensor, # Values less a centre, none above one `[B, H, 1, n, D]`
+    Gn:Tensor, # Metrics of heads' outputs `[B or 1, H, heads, D, D]` float32
+    oG:Tensor, # Outputs less the centre, times these `[B, H, heads, q, D]` float32
+    oc:Tensor, # `[B, H, heads, q, D]`
+) -> tuple[Tensor, Tensor]: # How far tokens' scores move each query's output, squared `[B, H, heads * q, pages]`, and sums of squared probabilities `[B, H, heads]`
+    "What sampled queries feel."
+    dtype, q = vc.dtype, oc.shape[3]
+    vG = ((vc @ Gn.to(dtype)) * vc).sum(-1, keepdim=True, dtype=torch.float32)
+    pair = lambda x: (x.to(dtype), (x - x.to(dtype)).to(dtype)) # a number and its rounding error
+    ones, none = lambda x: x.new_ones(1, dtype=dtype).expand(*x.shape[:-1], 2), lambda x: x.new_zeros(1, dtype=dtype).expand(*x.shape[:-1], 4) # a multiple of 8 columns
+    moved = torch.cat([(-2 * oG).to(dtype), ones(oG), *pair((oG * oc).sum(-1, keepdim=True)), none(oG)], -1) @ torch.cat([vc.expand(*vG.shape[:-1], -1), *pair(vG), ones(vG), none(vG)], -1).mT
+    moved = moved.clamp_min_(0).flatten(2, 3).view_as(a).float().mul_(a).mul_(a).sum(-1)
+    return moved, torch.linalg.vector_norm(a.unflatten(2, (-1, q)), dim=(3, 4, 5), dtype=torch.float32).square()
+
 @torch.no_grad()
 def sensitivity(
     sample:Sample,
@@ -358,7 +374,7 @@ def sensitivity(
     share = share / share.sum(-2, keepdim=True).clamp_min(1e-30)
     skip = max(1, -(-n // (PAGE * MOST_ANCHORS))) # long prompts: metrics from every second page, and so on
     some = lambda x, dim: x.narrow(dim, 0, n).unflatten(dim, (-1, PAGE)).movedim(dim, 0)[::skip].movedim(0, dim)
-    a, v = some(a, 3) * some(weight.to(dtype), 2)[:, :, None, ..., 0], torch.cat([some(v.to(dtype), 2) for v in values]).flatten(2, 3)
+    v = torch.cat([some(v.to(dtype), 2) for v in values]).flatten(2, 3)
     G = sample.gram() if callable(sample.gram) else sample.gram
     G = G.float().view(-1, H, out.shape[2], *G.shape[-2:])
     size = G.diagonal(dim1=-2, dim2=-1).mean((1, 2, 3)).clamp_min(1e-30).view(-1, 1, 1, 1, 1)
@@ -366,17 +382,16 @@ def sensitivity(
     vc, oc, Gn = v[:, :, None] - near.to(dtype), out - near, G / size
     most = vc.abs().amax((1, 2, 3, 4), keepdim=True).clamp_min(1e-4)
     vc, oc, size = vc / most, oc / most, size * most.float().square()
-    oG, vG = oc @ Gn, ((vc @ Gn.to(dtype)) * vc).sum(-1, keepdim=True, dtype=torch.float32)
-    pair = lambda x: (x.to(dtype), (x - x.to(dtype)).to(dtype)) # a number and its rounding error
-    ones, none = lambda x: x.new_ones(1, dtype=dtype).expand(*x.shape[:-1], 2), lambda x: x.new_zeros(1, dtype=dtype).expand(*x.shape[:-1], 4) # a multiple of 8 columns
-    moved = torch.cat([(-2 * oG).to(dtype), ones(oG), *pair((oG * oc).sum(-1, keepdim=True)), none(oG)], -1) @ torch.cat([vc.expand(*vG.shape[:-1], -1), *pair(vG), ones(vG), none(vG)], -1).mT
-    moved = moved.clamp_min_(0).flatten(2, 3).view_as(a).float().mul_(a).mul_(a).sum(-1).mul_(skip)
-    def by_torch():
+    oG = oc @ Gn
+    feel = lambda: _feelings(some(a, 3) * some(weight.to(dtype), 2)[:, :, None, ..., 0], vc, Gn, oG, oc)
+    ask = Coded.kernel if kernel else None
+    moved, received = (ask and ask.feelings(a, vc[:, :, 0], Gn, oG, (oG * oc).sum(-1), weight, skip, feel)) or feel()
+    moved.mul_(skip)
+    def turned():
         at = query_at_anchors(queries, start, n // PAGE, table, skip).flatten(2, 3)
         return (at * moved.mT.flatten(2)[..., None]).mT @ at, at.mT @ at
     anchors = start + PAGE * torch.arange(0, n // PAGE, skip, device=first.device) + PAGE // 2
-    felt, plain = (kernel and Coded.kernel is not None and Coded.kernel.moments(queries, moved, (*table.rows(anchors), table.interleaved), by_torch)) or by_torch()
-    received = torch.linalg.vector_norm(a.unflatten(2, (-1, q)), dim=(3, 4, 5), dtype=torch.float32).square()
+    felt, plain = (ask and ask.moments(queries, moved, (*table.rows(anchors), table.interleaved), turned)) or turned()
     return Sensitivity(felt * (size[..., 0] * sample.scaling ** 2 / q), (received[..., None, None] * G).sum(2) * (skip / q), share, plain / (queries.shape[2] * len(anchors)))
 
 # %% ../nbs/02b_spectral.ipynb #a9cb42ab

@@ -47,7 +47,8 @@ def pocket_layer(tokens=700):
     return layer, *(s[:, :, n:n + 128, :] for s in (held.keys, held.values))
 
 
-encoder.trusted.add((torch.device("cpu"), "moments"))
+known = {(torch.device("cpu"), n) for n in ("moments", "feelings")}
+encoder.trusted |= known
 for name in sys.argv[1:] or [*CASES, "pocket"]:
     Coded.kernel = None
     make = pocket_layer if name == "pocket" else lambda: case(**CASES[name])
@@ -60,19 +61,23 @@ for name in sys.argv[1:] or [*CASES, "pocket"]:
     want, errors = code_pages([store], keys, values, weight)
     Coded.kernel = encoder
     got, mine = code_pages([store], keys, values, weight)
-    assert not encoder.failed and len(encoder.trusted) == 3
+    assert not encoder.failed and len(encoder.trusted) == 4
     torch.testing.assert_close(mine, errors, rtol=1e-3, atol=1e-6)
     last, angles = store.segments[-1], (*spectral.anchor_angles(len(store), 128, store.table, keys.device), store.table.interleaved)
     n = sum(compare(g, w, c.layout, c.by_byte, edges(c, x[:, :, 0], a)) for g, w, c, x, a in zip(got[0], want[0], (last.keys, last.values), (keys, values), (angles, None)))
-    encoder.moments = lambda *args: None # float16 turns bases a little
+    encoder.moments = encoder.feelings = lambda *args: None # float16 turns bases a little
     again, *_ = make() # the prompt by the kernel
-    del encoder.moments
+    del encoder.moments, encoder.feelings
     if D <= 128:
+        a, v, G, o = torch.rand(B, H, 3 * 70, 900, generator=gen), torch.randn(B, H, 3 * 128, D, generator=gen), torch.randn(1, H, 3, D, D, generator=gen), torch.randn(B, H, 3, 70, D, generator=gen)
+        G, w = G @ G.mT, (torch.rand(B, 1, 768, 1, generator=gen) > .2).float()
+        of = lambda x, dim: x.narrow(dim, 0, 768).unflatten(dim, (6, 128)).movedim(dim, 0)[::2].movedim(0, dim)
+        for x, y in zip(encoder.feelings(a, v, G, o @ G, (o @ G * o).sum(-1), w, 2, None), spectral._feelings(of(a, 3) * of(w, 2)[:, :, None, ..., 0], v[:, :, None], G, o @ G, o)): torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
         queries, felt, pages = torch.randn(B, 3 * H, 70, D, generator=gen).to(layer.dtype), torch.rand(B, 3 * H, 70, 3, generator=gen) ** 4, 128 * torch.arange(3) + 64
         at = spectral.query_at_anchors(queries, 0, 3, store.table)
         for a, b in zip(encoder.moments(queries, felt, (*store.table.rows(pages), store.table.interleaved), None), (torch.einsum("bhpqc,bhpqd,bhqp->bhcd", at, at, felt), torch.einsum("bhpqc,bhpqd->bhcd", at, at))): torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3 * b.abs().max().item())
     states = [[s.float() for s in o.get_kv()] for o in (layer, again)]
     error = max(((a - b).norm() / a.norm()).item() for a, b in zip(*states))
-    assert error < 5e-3 and len(encoder.trusted) == 5 + (D <= 128) and not encoder.failed, (error, encoder.trusted)
+    assert error < 5e-3 and len(encoder.trusted) == 6 + (D <= 128) and not encoder.failed, (error, encoder.trusted)
     print(name, [(s.keys.layout.bits, s.values.layout.bits) for s in store.segments], n, f"{error:.1e}", flush=True)
-    encoder.trusted = {(torch.device("cpu"), "moments")}
+    encoder.trusted = set(known)

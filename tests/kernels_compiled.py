@@ -42,7 +42,7 @@ class Compiled:
 
 
 for name in ("prepare", "decode", "decode_gemv", "merge"): setattr(kernels, name, Compiled(getattr(kernels, name)))
-for name in ("encode", "query_moments", "try_steps"): setattr(encode_kernels, name, Compiled(getattr(encode_kernels, name)))
+for name in ("encode", "query_feels", "query_moments", "try_steps"): setattr(encode_kernels, name, Compiled(getattr(encode_kernels, name)))
 encoder = encode_kernels.Encoder()
 encoder.measures, encoder.run = lambda x: x.shape[-1] <= 128 and Compiled.arch > 75, lambda x, kind, by_kernel, *_: by_kernel()
 for name in sys.argv[2:] or CASES:
@@ -56,6 +56,8 @@ for name in sys.argv[2:] or CASES:
             basis, scale, _, analysis = analysis_together([c])
             for offset in (None, c.offset): encode_kernels.launch(x, (c.layout,), analysis, scale.mT, basis, scale, offset, c.by_byte, None if mask is None else torch.ones(len(q), 1, 1, x.shape[3], 1), turned, arch == 75)
         encoder.moments(q.expand(-1, -1, 64, -1), torch.ones(*q.shape[:2], 64, 2), (cos[::128][:2], sin[::128][:2], store.table.interleaved), None)
+        a, v, G, o, own, w = (torch.ones(2, 2, *s, dtype=kind) for s, kind in (((256, 600), x.dtype), ((256, q.shape[-1]), x.dtype), ((4, q.shape[-1], q.shape[-1]), torch.float32), ((4, 64, q.shape[-1]), torch.float32), ((4, 64), torch.float32), ((256, 1), torch.float32)))
+        encoder.feelings(a, v, G, o, own, w[:, :1], 1, None)
         encoder.steps(*(torch.ones(2, 2, n, d) for n, d in ((512, q.shape[-1]), (512, 1), (1, q.shape[-1]), (1, q.shape[-1]))), torch.ones(8), None)
         for projections in (0, 10 ** 6) if name in ("group4", "dim256") else (512,): # largest and smallest tile of `prepare`
             kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, replace(tuning, projections=projections))

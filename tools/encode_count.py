@@ -100,6 +100,7 @@ def unread():
     "What a GPU would do otherwise: its choices of dtypes and sizes, and reads of the device, which have no answer here."
     encode_kernels.encode, cache.HotTier.write = Kernel("encode", lambda args, kw: 3 * 2 * args[0].numel() * kw["D"]), lambda tier, *new: True # a launch each
     encode_kernels.query_moments, encode_kernels.try_steps = Kernel("query_moments", lambda args, kw: 2 * 2 * args[4].numel() * kw["D"] ** 2), Kernel("try_steps", lambda args, kw: 0)
+    encode_kernels.query_feels = Kernel("query_feels", lambda args, kw: 2 * args[6].numel() * spectral.PAGE * kw["D"] * 2)
     FakeTensor.is_cuda = property(lambda self: True)
     spectral.most_numbers = lambda device, gpu, cpu: gpu
     spectral.Coded.kernel = Launches() if "--torch" not in sys.argv else None
