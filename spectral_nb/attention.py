@@ -164,7 +164,7 @@ def spectral_attention_forward(
     for f in LISTENERS: f(module, query, out, scaling, softcap)
     return out, None
 
-# %% ../nbs/04_attention.ipynb #facdfcac
+# %% ../nbs/04_attention.ipynb #643066aa
 @torch.no_grad()
 def output_gram(
     module, # Attention module of a model
@@ -181,7 +181,7 @@ def output_gram(
         W = (proj(x) - proj(torch.zeros_like(x[:1]))).mT
     W = W.unflatten(-1, (heads, Dv)).transpose(0, 1)
     if not W.is_cuda: W = W.float()
-    size = W.abs().amax().clamp_min(1e-30) # products of half-precision numbers stay in range
+    size = torch.linalg.vector_norm(W, torch.inf).clamp_min(1e-30) # products of half-precision numbers stay in range
     W = W / size
     return (W.mT @ W).float() * size.float() ** 2
 

@@ -327,7 +327,7 @@ class Sensitivity:
     share:Tensor # Of the attention that coded tokens receive `[B, H, n, 1]`, sum 1
     queries:Tensor # Second moment of queries at anchors `[B, H, D, D]`
 
-# %% ../nbs/02b_spectral.ipynb #720c9e36
+# %% ../nbs/02b_spectral.ipynb #55bb706d
 def _feelings(
     a:Tensor, # Probabilities `[B, H, heads * q, pages, PAGE]`, 0: not coded
     vc:Tensor, # Values less a centre, none above one `[B, H, 1, n, D]`
@@ -380,7 +380,7 @@ def sensitivity(
     size = G.diagonal(dim1=-2, dim2=-1).mean((1, 2, 3)).clamp_min(1e-30).view(-1, 1, 1, 1, 1)
     near = v.mean(2, keepdim=True, dtype=torch.float32)[:, :, None] # without the mean, and no number above one: distances in half precision
     vc, oc, Gn = v[:, :, None] - near.to(dtype), out - near, G / size
-    most = vc.abs().amax((1, 2, 3, 4), keepdim=True).clamp_min(1e-4)
+    most = torch.linalg.vector_norm(vc, torch.inf, (1, 2, 3, 4), keepdim=True).clamp_min(1e-4)
     vc, oc, size = vc / most, oc / most, size * most.float().square()
     oG = oc @ Gn
     feel = lambda: _feelings(some(a, 3) * some(weight.to(dtype), 2)[:, :, None, ..., 0], vc, Gn, oG, oc)
@@ -408,7 +408,7 @@ class Pool:
     def overhead(self) -> int: # Bits of a component besides its codes: an 8-bit basis row and its scale
         return 8 * len(self.variance) + 16
 
-# %% ../nbs/02b_spectral.ipynb #8953489e
+# %% ../nbs/02b_spectral.ipynb #9d4da270
 def allocate(
     pools:list[Pool],
     budget:float, # Bits for everything that the pools hold
@@ -428,10 +428,12 @@ def allocate(
     cost = np.where(np.arange(len(WIDTHS)) >= least[:, None], cost, np.inf) if rate[at, least].sum() <= budget else cost
     lo, hi = -200., 200.
     def choose(x): return (cost + 2. ** x * rate).argmin(1)
-    while hi - lo > 1e-9:
-        mid = (lo + hi) / 2
-        lo, hi = (mid, hi) if rate[at, choose(mid)].sum() > budget else (lo, mid)
-    pick, owner, units = choose(hi), np.repeat(np.arange(len(pools)), [len(c) for c in costs]), [p.unit for p in pools]
+    dear, pick = choose(lo), choose(hi)
+    while hi - lo > 1e-9 and (dear != pick).any(): # the higher the price, the fewer bits
+        mid = choose((lo + hi) / 2)
+        if rate[at, mid].sum() > budget: lo, dear = (lo + hi) / 2, mid
+        else: hi, pick = (lo + hi) / 2, mid
+    owner, units = np.repeat(np.arange(len(pools)), [len(c) for c in costs]), [p.unit for p in pools]
     def best(among, up, most=np.inf): # the group to whom one step up gives most, or one down costs least, for each bit
         to = np.clip(pick + (1 if up else -1), 0, len(WIDTHS) - 1)
         worse, more = cost[at, to] - cost[at, pick], rate[at, to] - rate[at, pick]
@@ -576,7 +578,7 @@ def error_of(
     "Mean squared error of a token that counts."
     return ((x - coded).square() * weight).sum() / (weight.expand(*x.shape[:3], 1).sum()).clamp_min(1)
 
-# %% ../nbs/02b_spectral.ipynb #89c961d3
+# %% ../nbs/02b_spectral.ipynb #e682f4e3
 def analysis_together(
     coded:list[Coded], # Keys or values of several layers, alike but for ranks
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # Basis int8 `[B, H, len(coded), R, D]`, zeros beyond a rank, its scale, rows `basis * scale`, and what turns states into codes, of the same shape
@@ -590,9 +592,9 @@ def analysis_together(
     unit = rows / size
     gram = unit @ unit.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(1e-6)
-    L = torch.linalg.cholesky_ex(gram)[0]
-    unit = torch.linalg.solve_triangular(L.mT, torch.linalg.solve_triangular(L, unit, upper=False), upper=True)
-    return basis, scale, rows, torch.div(unit, size, out=torch.empty_like(rows)) # solvers give columns, the kernel takes rows
+    L, turned = torch.linalg.cholesky_ex(gram)[0], unit.mT
+    for factor, upper in ((L.mT, True), (L, False)): torch.linalg.solve_triangular(factor, turned, upper=upper, left=False, out=turned) # in place: columns of these are rows of `unit`
+    return basis, scale, rows, unit.div_(size)
 
 def code_together(
     coded:list[Coded], # Keys or values of several layers, alike but for ranks
