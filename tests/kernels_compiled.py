@@ -2,7 +2,6 @@
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 import torch
 import triton
@@ -59,8 +58,7 @@ for name in sys.argv[2:] or CASES:
         a, v, G, o, own, w = (torch.ones(2, 2, *s, dtype=kind) for s, kind in (((256, 600), x.dtype), ((256, q.shape[-1]), x.dtype), ((4, q.shape[-1], q.shape[-1]), torch.float32), ((4, 64, q.shape[-1]), torch.float32), ((4, 64), torch.float32), ((256, 1), torch.float32)))
         encoder.feelings(a, v, G, o, own, w[:, :1], 1, None)
         encoder.steps(*(torch.ones(2, 2, n, d) for n, d in ((512, q.shape[-1]), (512, 1), (1, q.shape[-1]), (1, q.shape[-1]))), torch.ones(8), None)
-        for projections in (0, 10 ** 6) if name in ("group4", "dim256") else (512,): # largest and smallest tile of `prepare`
-            kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, replace(tuning, projections=projections))
+        kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, tuning)
 for r in Compiled.rows:
     if r["arch"] == 75 or r["kernel"] in ("encode", "try_steps"): assert r["shared"] <= 48 * 1024, r
     assert r["stack"] <= (768 if r["arch"] == 75 else 256), r # spilled bytes a thread

@@ -16,7 +16,7 @@ for name in sys.argv[2:] or CASES:
         got, _ = kernels.attend(layer, q, k, v, mask, None, softcap)
         assert not kernels._broken, kernels._broken
         e, again = error(got, *made), kernels.attend(layer, q, k, v, mask, None, softcap)[0]
-        large = kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, replace(kernels.tuning_for(q.device), projections=0))
+        large = kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, replace(kernels.tuning_for(q.device), projections=1))
         rows.append(dict(case=name, dtype=str(dtype), tokens=layer.get_seq_length(), error=max(e, error(large, *made)), repeats=bool((got == again).all())))
         print(rows[-1], flush=True)
 Path(sys.argv[1]).write_text(json.dumps(dict(**stamp("python tests/kernels_gpu.py"), rows=rows), indent=1) + "\n")

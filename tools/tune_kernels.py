@@ -15,7 +15,7 @@ from spectral_nb.speed import clocks, coded_layer, graph_us
 gpu = torch.cuda.is_available()
 device = torch.device("cuda" if gpu else "cpu")
 SHAPES = ((1, 131072), (8, 32768), (8, 8192), (1, 32768), (1, 8192)) if gpu else ((1, 512),)
-FIELDS = dict(pdl=(True,), pages=(16, 32, 64), projections=(132, 264, 512, 1056), prepare_warps=(4, 8), hot=(16, 32, 64, 128), programs=(528, 792, 1056, 1584, 2112), stages=(1, 2, 3), merge_warps=(2, 4, 8), parts=(32, 64, 128), dims=(32, 64, 128))
+FIELDS = dict(pdl=(True,), projections=(264, 528, 1056, 2112), rows=(64, 128), pages=(32, 64, 128), prepare_warps=(4, 8), hot=(16, 32, 64, 128), tokens=(64, 128), programs=(792, 1056, 1584, 2112), stages=(1, 2, 3), merge_warps=(4, 8), parts=(32, 64, 128), dims=(32, 64, 128))
 until = time.time() + float(sys.argv[2] if len(sys.argv) > 2 else 240)
 
 
