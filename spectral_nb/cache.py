@@ -630,14 +630,14 @@ def fit_layers(
     for (_, _, dtype, *_), tiers in exact.items(): to_int8(tiers, torch.float16 if dtype == torch.float32 else dtype)
     settle(stores)
 
-# %% ../nbs/03_cache.ipynb #65b3da67
+# %% ../nbs/03_cache.ipynb #b9cbe509
 class SpectralCache(Cache):
     "A transformers cache of `SpectralLayer`s; sliding-window layers keep transformers' own layer, which holds no more than the window."
     def __init__(self,
         config, # transformers config of the model, as `model.config`
         spectral_config:SpectralConfig|None=None, # What to keep, and how; default: `SpectralConfig(**kwargs)`
         attention_mask:Tensor|None=None, # `[B, n]`, zeros on the left where rows are padded; needed only where the attention implementation is not `spectral`
-        layer_weights:list[tuple[float, float]]|None=None, # What errors of each layer's keys and values cost at the output, for spectral coding
+        layer_weights:list[tuple[float, float]]|None=None, # What errors of each layer's keys and values cost at the output, for spectral coding; None: the same share for every layer
         **kwargs, # Fields of `SpectralConfig`
     ):
         if spectral_config is not None and kwargs: raise ValueError(f"pass either a SpectralConfig or its fields, got both: {', '.join(kwargs)}")

@@ -248,7 +248,7 @@ def try_steps(Y, WEIGHT, GAUSSIAN, OUTERMOST, MULTIPLES, OUT, H: int, HW: int, n
     best = tl.argmin(errors, 0)
     tl.store(OUT + bh * D + c, tl.sum(tl.where(m[:, None] == best[None, :], step, 0.), 0), mask=c < D)
 
-# %% ../nbs/05c_encode_kernels.ipynb #7c6e383f
+# %% ../nbs/05c_encode_kernels.ipynb #94a073e2
 class Encoder:
     "Codes states by the kernel where it can, and where it agrees with PyTorch."
     def __init__(self): self.trusted, self.failed = set(), set()
@@ -275,9 +275,10 @@ class Encoder:
         except (RuntimeError, ValueError, triton.errors.TritonError) as e:
             if isinstance(e, torch.cuda.OutOfMemoryError): raise
             return self.refuse(dev, f"{type(e).__name__}: {str(e)[:200]}")
-        if (dev, *kind) not in self.trusted:
-            if not same(got, by_torch()): return self.refuse(dev, "its results differ from PyTorch's")
-            self.trusted.add((dev, *kind))
+        key = dev, x.dtype, x.shape[-1], *kind
+        if key not in self.trusted:
+            if not same(got, by_torch()): return self.refuse(dev, f"results of {kind} differ from PyTorch's")
+            self.trusted.add(key)
         return got
 
     def refuse(self, device:torch.device, why:str):

@@ -1,4 +1,4 @@
-"A decode graph against single steps, across the ends of pages: `python tests/graph_gpu.py OUT.json`; needs a GPU."
+"A decode graph against single steps, across the ends of pages, beside what rounding alone does (the same steps with every row twice): `python tests/graph_gpu.py OUT.json`; needs a GPU."
 import copy
 import json
 import sys
@@ -11,7 +11,7 @@ from spectral_nb.info import stamp
 from spectral_nb.pocket import load_pocket
 
 rows = []
-for dtype in (torch.float16, torch.bfloat16):
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for batch in (1, 3):
         model = load_pocket()[0].to("cuda", dtype)
         model.set_attn_implementation("spectral")
@@ -20,17 +20,21 @@ for dtype in (torch.float16, torch.bfloat16):
         with torch.no_grad():
             a = spectral_cache(model, ratio=6, coding="spectral")
             model(ids, past_key_values=a)
-            b = copy.deepcopy(a) # fits of their own may differ in a width
-            graph, worst = DecodeGraph(model, a), 0.
+            b, c = copy.deepcopy(a), copy.deepcopy(a) # fits of their own may differ in a width
+            c.batch_repeat_interleave(2)
+            off = lambda got, want: ((got - want).norm() / want.norm()).item()
+            graph, worst, rounding = DecodeGraph(model, a), 0., 0.
             for i in range(200):
                 one = torch.randint(0, 8192, (batch, 1), device="cuda", generator=gen)
                 got = graph(one).float()
-                want = model(one, position_ids=torch.full_like(one, b.get_seq_length()), past_key_values=b).logits[:, -1].float()
-                worst = max(worst, ((got - want).norm() / want.norm()).item())
+                at = torch.full_like(one, b.get_seq_length())
+                want = model(one, position_ids=at, past_key_values=b).logits[:, -1].float()
+                twice = model(one.repeat_interleave(2, 0), position_ids=at.repeat_interleave(2, 0), past_key_values=c).logits[::2, -1].float()
+                worst, rounding = max(worst, off(got, want)), max(rounding, off(twice, want))
             graph.release()
         assert not kernels._broken, kernels._broken
         assert a.get_seq_length() == b.get_seq_length() == 1100
-        rows.append(dict(dtype=str(dtype), batch=batch, steps=200, captures=graph.captures, worst_difference=worst))
+        rows.append(dict(dtype=str(dtype), batch=batch, steps=200, captures=graph.captures, worst_difference=worst, rounding=rounding))
         print(rows[-1], flush=True)
 Path(sys.argv[1]).write_text(json.dumps(dict(**stamp("python tests/graph_gpu.py"), rows=rows), indent=1) + "\n")
-assert all(r["worst_difference"] < 1e-2 and r["captures"] >= 2 for r in rows)
+assert all(r["worst_difference"] < 2 * r["rounding"] + 1e-3 and r["captures"] >= 2 for r in rows)
