@@ -1,5 +1,6 @@
 "Spectral coding: packed round trips, lossless limits, and attention from codes against attention over rebuilt states."
 import copy
+import random
 import warnings
 
 import pytest
@@ -191,6 +192,27 @@ def test_unreachable_ratio_is_said(pocket):
     cache = SpectralCache(model.config, SpectralConfig(coding="spectral", ratio=30., exact_dtype="float16"))
     with torch.no_grad(), attention_implementation(model), pytest.warns(UserWarning, match="cannot be met with 700 tokens; the nearest is"):
         model(ids[:, :700], past_key_values=cache)
+
+
+@pytest.mark.parametrize("first, length", [(560, 560), (520, 1500)])
+def test_a_short_prompt_or_first_part_is_not_lost(first, length):
+    "At 8x nothing would be left for the codes: a token gets half of its bits nevertheless, and the ratio is missed aloud."
+    from spectral_nb.calibrate import spectral_cache
+    from spectral_nb.needle import make_needles, plant
+    from spectral_nb.pocket import data_path, haystack, load_pocket
+    from transformers import AutoTokenizer
+    model, tok = load_pocket()[0], AutoTokenizer.from_pretrained(data_path())
+    model.set_attn_implementation("spectral")
+    needle = make_needles(1, random.Random(2))[0]
+    ids, code = torch.tensor([plant(tok, haystack("report")[1], needle, 150 / length, length).ids]), tok(needle.answer, return_tensors="pt", add_special_tokens=False).input_ids
+    with torch.no_grad(), pytest.warns(UserWarning, match=f"cannot be met with {first} tokens"):
+        cache = spectral_cache(model, ratio=8, exact_dtype="float16")
+        model(ids[:, :first], past_key_values=cache, logits_to_keep=1)
+        ids = torch.cat([ids, code], 1)
+        logits = torch.cat([model(part, past_key_values=cache).logits for part in (ids[:, first:length], ids[:, length:]) if part.numel()], 1)
+        want = model(ids).logits[:, first:]
+    right = [(o[:, -code.shape[1]:-1].argmax(-1) == code[:, 1:]).all() for o in (want, logits)]
+    assert all(right), right
 
 
 def test_pocket_recalls_at_8x(pocket):
