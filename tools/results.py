@@ -71,7 +71,7 @@ Recall: a six-digit code is planted in a text of which the model has never seen 
     yield "markdown", "## Every codec at 4096 tokens\n\n![Times smaller against KL, both models](images/pareto.svg)"
     for m, title in MODELS.items(): yield "markdown", f"### {title}\n\n{evaluation(m, 4096)}"
     for context in (2048, 1024):
-        yield "markdown", f"## {context} tokens" + ("\n\nBases and exact tokens weigh more in a short prompt: above 10 times codes are lost." if context == 1024 else "")
+        yield "markdown", f"## {context} tokens" + ("\n\nBases and exact tokens weigh more in a short prompt: 12x and 16x are not met, since a token gets at least half of the bits that the ratio allows for good." if context == 1024 else "")
         for m, title in MODELS.items(): yield "markdown", f"### {title}\n\n{evaluation(m, context)}"
     yield "markdown", """## Why
 
