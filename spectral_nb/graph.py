@@ -12,7 +12,7 @@ from torch import Tensor
 from . import kernels
 from .cache import SpectralCache, SpectralLayer
 
-# %% ../nbs/05b_graph.ipynb #c7553414
+# %% ../nbs/05b_graph.ipynb #99d4c33a
 class DecodeGraph:
     "Decode steps of a model whose attention implementation is `spectral`, captured between the ends of pages."
     def __init__(self,
@@ -24,6 +24,11 @@ class DecodeGraph:
         if any(not o.cold.ready or o.config.coding != "spectral" for o in layers): raise ValueError("DecodeGraph needs a prompt that has been coded under coding='spectral' (SpectralConfig.fit_length tokens and more)")
         if any(o.padding is not None and o.padding.any() for o in layers): raise ValueError("DecodeGraph needs prompts without padding; batches of different lengths decode with model.generate")
         if next(model.parameters()).device.type != "cuda" and not kernels.interpreted(): raise ValueError("DecodeGraph needs a model on a CUDA device")
+        heads = model.config.get_text_config(decoder=True).num_attention_heads
+        for o in layers:
+            k, v = o.hot.states()
+            why = "kernel='torch'" if o.config.kernel == "torch" else kernels.unsupported(o, k[:, :1, :1].expand(-1, heads, -1, -1), v)
+            if why: raise ValueError(f"DecodeGraph needs attention by the kernels, which do not take this cache ({why}); decode with model.generate")
         self.model, self.cache, self.graph, self.captures = model, cache, None, 0
 
     @property
@@ -35,16 +40,28 @@ class DecodeGraph:
     def __call__(self,
         input_ids:Tensor, # `[B, 1]`
     ) -> Tensor: # Logits `[B, vocab]`, valid until the next call
-        "One step: the graph where there is one."
+        "One step: the graph where there is one, and where the cache is as it left it."
+        n = self.cache.get_seq_length()
+        if self.graph is not None and not self.fits(n): self.release()
         if self.left < 1:
             self.release()
-            return self.forward(input_ids, torch.full_like(input_ids, self.cache.get_seq_length()))
+            return self.forward(input_ids, torch.full_like(input_ids, n))
         if self.graph is None: self.capture(input_ids)
         else:
             for o in self.cache.layers: o.hot.n += 1
         self.ids.copy_(input_ids)
         self.graph.replay()
+        self.seen = n + 1
         return self.logits
+
+    def tensors(self) -> list[Tensor]:
+        "What a step reads and writes of the cache."
+        return [t for o in self.cache.layers for t in kernels.places(o)]
+
+    def fits(self, n:int) -> bool: # n: tokens in the cache
+        "Whether nobody else has changed the cache since the last replay."
+        now = self.tensors()
+        return n == self.seen and len(now) == len(self.held) and all(a is b for a, b in zip(now, self.held))
 
     def forward(self, input_ids:Tensor, position_ids:Tensor) -> Tensor: # `[B, vocab]`
         return self.model(input_ids, position_ids=position_ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
@@ -66,13 +83,15 @@ class DecodeGraph:
                 self.logits = self.forward(self.ids, self.positions)
                 self.counter += 1
                 self.positions += 1
+            if not all(kernels.took(o.hot) for o in layers): raise RuntimeError("DecodeGraph cannot capture a step in which PyTorch stands in for a kernel that failed (see the warning before); decode with model.generate")
         except BaseException:
             self.release()
             for o, length in zip(layers, held): o.hot.n = length
             raise
-        self.captures += 1
+        finally:
+            for o in layers: kernels.counters.pop(o.hot, None)
+        self.held, self.scratch, self.captures = self.tensors(), list(kernels.scratch.held.values()), self.captures + 1 # alive as long as the graph writes there
 
     def release(self):
         "Forget the graph; steps run by themselves again."
-        self.graph = None
-        for o in self.cache.layers: kernels.counters.pop(o.hot, None)
+        self.graph = self.held = self.scratch = None

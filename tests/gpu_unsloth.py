@@ -1,6 +1,6 @@
 """Unsloth on a GPU, stock against patched; writes JSON after every row. Not collected by pytest.
 
-    python tests/gpu_unsloth.py session --out DIR [--seconds 300]          all of the below in one process and in order of importance: what is over at the end of its
+    python tests/gpu_unsloth.py session --out DIR [--seconds 300] [--stages parity fp16 4bit]   the below in one process, what matters most first: what is over at the end of its
                                                                            time is on disk; about 45 s of it go into the import. The checkpoint (14.5 GB) goes to --model, default /dev/shm/u7b
     python tests/gpu_unsloth.py parity --json parity.json                  six families and the pocket model, float16 and bfloat16
     python tests/gpu_unsloth.py make --model DIR [--layers 32]             a checkpoint in the shape of Mistral 7B, random weights, float16
@@ -234,43 +234,49 @@ def bench(args):
     ways = dict(stock=None, spectral=dict(ratio=args.ratio), spectral_torch=dict(ratio=args.ratio, use_triton_kernel=False)) # the first with the kernels
     compiled = set()
     for batch, length in cells(args):
-        for way in args.ways:
-            if way == "spectral_torch" and length > min(args.lengths): continue
-            row, kw = dict(way=way, four_bit=args.four_bit, batch=batch, length=length, new=args.new), ways[way]
-            if late(args):
-                rows.add(**row, error="no time was left")
-                continue
-            if kw: row |= dict(ratio=args.ratio, layer_weights="not measured: every layer gets the same share")
-            def run():
-                for _ in range(2 if (batch, way) not in compiled else 0): generate(model, torch.full((batch, 1024 if CUDA else 300), 7, device=DEVICE), 4) # kernels are compiled and tuned here
-                compiled.add((batch, way))
-                return measure(model, batch, length, args.new)
-            try:
-                if kw is None: row |= run()
-                else:
-                    with spectral(model, **kw, layer_weights="equal"): row |= run()
-            except Exception as e: row |= dict(error=repr(e)[:300])
+        found = {way: [] for way in args.ways if way != "spectral_torch" or length == min(args.lengths)}
+        def run(way):
+            for _ in range(2 if (batch, way) not in compiled else 0): generate(model, torch.full((batch, 1024 if CUDA else 300), 7, device=DEVICE), 4) # kernels are compiled and tuned here
+            compiled.add((batch, way))
+            found[way].append(measure(model, batch, length, args.new))
+        for turn in range(args.turns): # stock and patched take turns: the host's speed changes from minute to minute
+            for way in found:
+                if late(args) or found[way][:1] == ["failed"]: continue
+                try:
+                    if ways[way] is None: run(way)
+                    else:
+                        with spectral(model, **ways[way], layer_weights="equal"): run(way)
+                except Exception as e: found[way] = ["failed", repr(e)[:300]]
+                clean(model)
+        for way, turns in found.items():
+            row = dict(way=way, four_bit=args.four_bit, batch=batch, length=length, new=args.new)
+            if ways[way]: row |= dict(ratio=args.ratio, layer_weights="not measured: every layer gets the same share")
+            if turns[:1] == ["failed"]: row |= dict(error=turns[1])
+            elif not turns: row |= dict(error="no time was left")
+            else:
+                middle = lambda n: statistics.median(t[n] for t in turns)
+                row |= turns[-1] | dict(prompt_s=middle("prompt_s"), ms_per_token=middle("ms_per_token"), ms_per_token_mean=middle("ms_per_token_mean"), turns=[round(t["ms_per_token"], 2) for t in turns])
             rows.add(**row)
-            clean(model)
     return rows
 
 
 def session(args):
-    "Everything in one go, within `--seconds` of the start of this process; a third of the time for parity, a third for each precision."
+    "Stages in one process, within `--seconds` of the start of this process, with an equal share of the time for each."
     out, model = Path(args.out), Path(args.model or ("/dev/shm/u7b" if CUDA else tempfile.mkdtemp()))
     out.mkdir(parents=True, exist_ok=True)
     args.model, args.new, args.ways = str(model), min(args.new, 48), ["stock", "spectral"]
     begun = time.time() - START
-    part = lambda i: begun + (args.seconds - begun) * i / 3
     def stage(name, f, until, **kw):
         say("==", name)
         try: f(argparse.Namespace(**vars(args) | dict(json=out / f"unsloth_gpu_{name}.json", until=until) | kw))
         except Exception as e: say("==", name, "failed:", repr(e)[:500])
         clean()
-    stage("parity", parity, part(1), dtypes=["bfloat16", "float16"])
-    if not (model / "config.json").exists(): stage("make", make, part(2))
-    stage("fp16", bench, part(2), four_bit=False)
-    stage("4bit", bench, part(3), four_bit=True)
+    for i, name in enumerate(args.stages, 1):
+        until = begun + (args.seconds - begun) * i / len(args.stages)
+        if name == "parity": stage(name, parity, until, dtypes=["bfloat16", "float16"])
+        else:
+            if not (model / "config.json").exists(): stage("make", make, until)
+            stage(name, bench, until, four_bit=name == "4bit")
 
 
 if __name__ == "__main__":
@@ -278,6 +284,7 @@ if __name__ == "__main__":
     p.add_argument("what", choices=["session", "parity", "make", "bench"])
     p.add_argument("--json", default=os.devnull)
     p.add_argument("--out", default=".")
+    p.add_argument("--stages", nargs="+", default=["parity", "fp16", "4bit"])
     p.add_argument("--seconds", type=float, default=300)
     p.add_argument("--model")
     p.add_argument("--small", action="store_true")
@@ -286,6 +293,7 @@ if __name__ == "__main__":
     p.add_argument("--layers", type=int, default=32)
     p.add_argument("--ratio", type=float, default=8)
     p.add_argument("--new", type=int, default=80)
+    p.add_argument("--turns", type=int, default=3)
     p.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 32768])
     p.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     p.add_argument("--ways", nargs="+", default=["stock", "spectral", "spectral_torch"])

@@ -26,7 +26,9 @@ class Recorded(DecodeGraph):
     def replay(self):
         now = self.lengths()
         self.lengths(self.frozen)
+        for o in self.cache.layers: kernels.counters[o.hot] = self.counter
         self.logits.copy_(self.forward(self.ids, self.positions))
+        kernels.counters.clear()
         self.counter += 1
         self.positions += 1
         self.lengths(now)
@@ -49,6 +51,15 @@ with torch.no_grad():
         want = model(one, past_key_values=b).logits[:, -1]
         got = graph(one)
         assert torch.allclose(got, want, atol=1e-5), (i, (got - want).abs().max())
+    scratch, captures = kernels.scratch.held["mo", torch.device("cpu")], graph.captures
+    kernels.scratch("mo", torch.device("cpu"), torch.float32, 2 ** 20) # another cache asks for more than the graph was captured with
+    assert any(t is scratch for t in graph.scratch), "memory that the graph writes to could be freed"
+    for change in (lambda c: c.reorder_cache(torch.tensor([1, 0])), lambda c: model(one, past_key_values=c)): # between two steps somebody else changes the cache
+        for c in (a, b): change(c)
+        one = torch.randint(0, 100, (2, 1))
+        want = model(one, past_key_values=b).logits[:, -1]
+        assert torch.allclose(graph(one), want, atol=1e-5)
+    assert graph.captures == captures + 2
     graph.release()
     held, forward, calls = [len(o.hot) for o in a.layers], graph.forward, []
     def failing(*args):
@@ -59,8 +70,16 @@ with torch.no_grad():
     try: graph.capture(one)
     except RuntimeError: pass
     else: raise AssertionError("a capture that fails must raise")
+    by_kernels = kernels.decode_attention
+    def broken(*args): raise RuntimeError("a kernel that fails")
+    graph.forward, kernels.decode_attention = forward, broken
+    try: graph.capture(one)
+    except RuntimeError as e: assert "PyTorch stands in" in str(e)
+    else: raise AssertionError("a step by PyTorch must not be captured")
+    kernels.decode_attention = by_kernels
+    kernels._broken.clear()
     assert graph.graph is None and [len(o.hot) for o in a.layers] == held and not any(o.hot in kernels.counters for o in a.layers)
-assert a.get_seq_length() == b.get_seq_length() == 580 and len(a.layers[0].cold) == len(b.layers[0].cold) > 384 and graph.captures >= 2, (graph.captures, a.layers)
+assert a.get_seq_length() == b.get_seq_length() == 583 and len(a.layers[0].cold) == len(b.layers[0].cold) > 384 and graph.captures >= 2, (graph.captures, a.layers)
 for x, y in zip(a.layers, b.layers):
     for s, t in zip(x.hot.states(), y.hot.states()): assert torch.equal(s, t)
 assert not kernels._broken, kernels._broken
