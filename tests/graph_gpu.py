@@ -1,4 +1,4 @@
-"A decode graph against single steps, across the ends of pages, beside what rounding alone does (the same steps with every row twice): `python tests/graph_gpu.py OUT.json`; needs a GPU."
+"A decode graph against single steps, across the ends of pages: `python tests/graph_gpu.py OUT.json`; needs a GPU. Each step also runs by itself on a copy of the cache as the graph found it: the same work, so the bound is tight. A third cache goes its own way from the prompt on: there, roundings of recent tokens to int8 and of pages to few bits fall apart in time, which is shown and not bounded."
 import copy
 import json
 import sys
@@ -17,24 +17,23 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
         model.set_attn_implementation("spectral")
         gen = torch.Generator("cuda").manual_seed(0)
         ids = torch.randint(0, 8192, (batch, 900), device="cuda", generator=gen)
+        step = lambda cache, one: model(one, position_ids=torch.full_like(one, cache.get_seq_length()), past_key_values=cache).logits[:, -1].float()
+        off = lambda got, want: ((got - want).norm() / want.norm()).item()
         with torch.no_grad():
             a = spectral_cache(model, ratio=6, coding="spectral")
             model(ids, past_key_values=a)
-            b, c = copy.deepcopy(a), copy.deepcopy(a) # fits of their own may differ in a width
-            c.batch_repeat_interleave(2)
-            off = lambda got, want: ((got - want).norm() / want.norm()).item()
-            graph, worst, rounding = DecodeGraph(model, a), 0., 0.
+            other = copy.deepcopy(a)
+            graph, same, hot, drift = DecodeGraph(model, a), 0., 0., 0.
             for i in range(200):
                 one = torch.randint(0, 8192, (batch, 1), device="cuda", generator=gen)
+                alone = copy.deepcopy(a)
                 got = graph(one).float()
-                at = torch.full_like(one, b.get_seq_length())
-                want = model(one, position_ids=at, past_key_values=b).logits[:, -1].float()
-                twice = model(one.repeat_interleave(2, 0), position_ids=at.repeat_interleave(2, 0), past_key_values=c).logits[::2, -1].float()
-                worst, rounding = max(worst, off(got, want)), max(rounding, off(twice, want))
+                same, drift = max(same, off(got, step(alone, one))), max(drift, off(got, step(other, one)))
+                for x, y in zip(a.layers, alone.layers): hot = max(hot, *(off(s.float(), t.float()) for s, t in zip(x.hot.states(), y.hot.states())))
             graph.release()
         assert not kernels._broken, kernels._broken
-        assert a.get_seq_length() == b.get_seq_length() == 1100
-        rows.append(dict(dtype=str(dtype), batch=batch, steps=200, captures=graph.captures, worst_difference=worst, rounding=rounding))
+        assert a.get_seq_length() == other.get_seq_length() == 1100
+        rows.append(dict(dtype=str(dtype), batch=batch, steps=200, captures=graph.captures, same_cache=same, hot_tier=hot, own_way=drift))
         print(rows[-1], flush=True)
 Path(sys.argv[1]).write_text(json.dumps(dict(**stamp("python tests/graph_gpu.py"), rows=rows), indent=1) + "\n")
-assert all(r["worst_difference"] < 1e-2 and r["captures"] >= 2 for r in rows)
+assert all(r["same_cache"] < 1e-3 and r["hot_tier"] < 1e-3 and r["captures"] >= 2 for r in rows), rows

@@ -31,7 +31,7 @@ def test_recall_is_kept(parity):
 
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_memory(tmp_path, four_bit):
-    args = types.SimpleNamespace(model=tmp_path / "model", json=tmp_path / "bench.json", small=False, four_bit=four_bit, layers=4, ratio=8, new=24, lengths=[4096, 16384], batches=[1], ways=["stock", "spectral"])
+    args = types.SimpleNamespace(model=tmp_path / "model", json=tmp_path / "bench.json", small=False, four_bit=four_bit, turns=1, layers=4, ratio=8, new=24, lengths=[4096, 16384], batches=[1], ways=["stock", "spectral"])
     G.make(args)
     stock, ours = (sorted((r for r in G.bench(args) if r["way"] == w), key=lambda r: r["length"]) for w in args.ways)
     for a, b in zip(stock, ours):
