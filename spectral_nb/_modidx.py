@@ -41,6 +41,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'spectral_nb.cache.HotTier.tensors': ('cache.html#hottier.tensors', 'spectral_nb/cache.py'),
                                    'spectral_nb.cache.HotTier.to_int8': ('cache.html#hottier.to_int8', 'spectral_nb/cache.py'),
                                    'spectral_nb.cache.Ledger': ('cache.html#ledger', 'spectral_nb/cache.py'),
+                                   'spectral_nb.cache.Ledger.__repr__': ('cache.html#ledger.__repr__', 'spectral_nb/cache.py'),
                                    'spectral_nb.cache.Ledger._repr_markdown_': ( 'cache.html#ledger._repr_markdown_',
                                                                                  'spectral_nb/cache.py'),
                                    'spectral_nb.cache.Ledger.nbytes': ('cache.html#ledger.nbytes', 'spectral_nb/cache.py'),

@@ -47,7 +47,7 @@ class CompressedStates(torch.Tensor):
 
     def __repr__(self): return f"CompressedStates(shape={tuple(self.shape)}, dtype={self.dtype})"
 
-# %% ../nbs/03_cache.ipynb #babb9ad8
+# %% ../nbs/03_cache.ipynb #bf5856f5
 class Ledger(list):
     "Rows `dict(layer, tier, name, nbytes)`, one for each live tensor."
     def total(self,
@@ -66,6 +66,8 @@ class Ledger(list):
     def _repr_markdown_(self):
         rows = "\n".join(f"| {t} | {n:,} | {100 * n / max(self.nbytes, 1):.1f} % |" for t, n in self.total().items())
         return f"| tier | bytes | share |\n|---|---:|---:|\n{rows}\n| **all** | **{self.nbytes:,}** | |"
+
+    def __repr__(self): return "\n".join(f"{t:<10} {n:>15,} bytes" for t, n in [*self.total().items(), ("all", self.nbytes)])
 
 # %% ../nbs/03_cache.ipynb #f5d202b5
 class HotTier:

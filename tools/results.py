@@ -53,6 +53,17 @@ def encoding():
     return "\n\n".join([*parts, source(d)])
 
 
+def reach():
+    "What a perfect code would leave of the divergence at 10x."
+    left = []
+    for m, title in MODELS.items():
+        kl = {r["codec"]: r["kl"] for r in load(f"eval_{m}_4096")["rows"]}
+        curves = {n: dict(c) for n, c in load(f"story_{m}")["distortion"].items()}
+        times = curves["spectral"][1] / curves["theory"][1]
+        left.append(f"{title.split()[0]}: {times:.2f} times a perfect code's error, KL {kl['spectral:10x'] / times:.4f} without that, aimed at {kl['turbo:3/3']:.4f}")
+    return "At 10x two thirds of the bytes are codes, about one bit a number. There a perfect code of Gaussian components with the same bits would still not reach the divergence that was aimed at, as far as KL goes with the squared error (" + "; ".join(left) + "). What more than a code could do, bits by the age of a token for one, is in [notebook 02b](02b_spectral.ipynb)."
+
+
 def cells():
     url = "https://colab.research.google.com"
     yield "markdown", f"""# Results
@@ -73,7 +84,7 @@ Recall: a six-digit code is planted in a text of which the model has never seen 
     for context in (2048, 1024):
         yield "markdown", f"## {context} tokens" + ("\n\nBases and exact tokens weigh more in a short prompt: 12x and 16x are not met, since a token gets at least half of the bits that the ratio allows for good." if context == 1024 else "")
         for m, title in MODELS.items(): yield "markdown", f"### {title}\n\n{evaluation(m, context)}"
-    yield "markdown", """## Why
+    yield "markdown", f"""## Why
 
 Singular values of the pocket model's keys and values fall slowly: whatever rank is kept, what tells one digit from another lies partly beyond it.
 
@@ -85,7 +96,9 @@ So every component is kept, at the bits that it is worth. Layers differ more tha
 
 Values of these small models are nearly white, so a basis gains little for them, and the distance to the bound is that of scalar quantizers at one to two bits. A vector quantizer could win back a part of it.
 
-![Distortion against rate](images/distortion.svg)"""
+![Distortion against rate](images/distortion.svg)
+
+{reach()}"""
     yield "markdown", f"## Storing a prompt\n\nA random model of the shape of Mistral-7B (32 layers, 8 KV heads, head_dim 128):\n\n{encoding()}"
     yield "markdown", "The two models and how they were trained: [notebook 12](12_training.ipynb)."
 
