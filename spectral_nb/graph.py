@@ -12,7 +12,7 @@ from torch import Tensor
 from . import kernels
 from .cache import SpectralCache, SpectralLayer
 
-# %% ../nbs/05b_graph.ipynb #99d4c33a
+# %% ../nbs/05b_graph.ipynb #14c3787a
 class DecodeGraph:
     "Decode steps of a model whose attention implementation is `spectral`, captured between the ends of pages."
     def __init__(self,
@@ -59,9 +59,9 @@ class DecodeGraph:
         return [t for o in self.cache.layers for t in kernels.places(o)]
 
     def fits(self, n:int) -> bool: # n: tokens in the cache
-        "Whether nobody else has changed the cache since the last replay."
+        "Whether nobody else has changed the cache since the last replay, and the stream is the same."
         now = self.tensors()
-        return n == self.seen and len(now) == len(self.held) and all(a is b for a, b in zip(now, self.held))
+        return kernels.stream_of(self.ids.device) == self.stream and n == self.seen and len(now) == len(self.held) and all(a is b for a, b in zip(now, self.held))
 
     def forward(self, input_ids:Tensor, position_ids:Tensor) -> Tensor: # `[B, vocab]`
         return self.model(input_ids, position_ids=position_ids, past_key_values=self.cache, use_cache=True).logits[:, -1]
@@ -90,7 +90,8 @@ class DecodeGraph:
             raise
         finally:
             for o in layers: kernels.counters.pop(o.hot, None)
-        self.held, self.scratch, self.captures = self.tensors(), list(kernels.scratch.held.values()), self.captures + 1 # alive as long as the graph writes there
+        self.held, self.stream, self.captures = self.tensors(), kernels.stream_of(self.ids.device), self.captures + 1
+        self.scratch = list(kernels.scratch.held.values()) # alive as long as the graph writes there
 
     def release(self):
         "Forget the graph; steps run by themselves again."

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['scratch', 'T4', 'counters', 'Steps', 'cheapest', 'steps_of', 'thread_order', 'prepare', 'decode', 'decode_gemv',
-           'merge', 'LayoutTables', 'layout_tables', 'rotary_pairs', 'anchor_table', 'Scratch', 'Tuning', 'interpreted',
-           'tuning_for', 'marked_pages', 'unsupported', 'places', 'Launch', 'run_launches', 'Kept', 'aligned',
-           'plan_launches', 'decode_attention', 'has_written', 'took', 'write_hot', 'stored', 'first_head', 'attend',
-           'TritonSpectralConfig']
+           'merge', 'LayoutTables', 'layout_tables', 'rotary_pairs', 'anchor_table', 'stream_of', 'Scratch', 'Tuning',
+           'interpreted', 'tuning_for', 'marked_pages', 'unsupported', 'places', 'Launch', 'run_launches', 'Kept',
+           'aligned', 'plan_launches', 'decode_attention', 'has_written', 'took', 'write_hot', 'stored', 'first_head',
+           'attend', 'TritonSpectralConfig']
 
 # %% ../nbs/05_kernels.ipynb #5fae7ba1
 import copy
@@ -610,9 +610,18 @@ def anchor_table(
         tables[device] = torch.stack([torch.nn.functional.pad(cos, (0, still), value=1.), torch.nn.functional.pad(sin, (0, still))], 1).contiguous(), rotary_pairs(table).to(device)
     return tables[device]
 
-# %% ../nbs/05_kernels.ipynb #3e1fbf49
+# %% ../nbs/05_kernels.ipynb #07f8a2a6
+_streams = threading.local()
+
+def stream_of(device:torch.device) -> int:
+    "Number of the current stream; while a graph is captured, of the stream before: what is captured reruns in place of what ran there."
+    if device.type != "cuda" or interpreted(): return 0
+    if not torch.cuda.is_current_stream_capturing(): _streams.last = torch._C._cuda_getCurrentRawStream(device.index)
+    return getattr(_streams, "last", 0)
+
+# %% ../nbs/05_kernels.ipynb #ef8de926
 class Scratch:
-    "Memory that all layers share: projections of queries and parts of sums."
+    "Memory that the layers of a stream share: projections of queries and parts of sums."
     def __init__(self): self.held, self.version = {}, object() # Another object whenever something has moved
 
     def __call__(self,
@@ -624,13 +633,13 @@ class Scratch:
         "A tensor that is valid until the same name is asked for again."
         n = 1
         for s in shape: n *= s
-        key = name, device
+        key = name, device, stream_of(device)
         if key not in self.held or self.held[key].numel() < n: self.held[key], self.version = torch.empty(n, dtype=dtype, device=device), object()
         return self.held[key][:n].view(shape)
 
     @property
     def nbytes(self) -> int: # Bytes
-        "Held on all devices."
+        "Held for all devices and streams."
         return sum(t.untyped_storage().nbytes() for t in self.held.values())
 
 scratch = Scratch()
@@ -892,7 +901,7 @@ def _length(tier:HotTier, at:int, device): # Tokens before this one, on the devi
     if counters and tier in counters: return counters[tier]
     return _number(at, device)
 
-# %% ../nbs/05_kernels.ipynb #c4e63544
+# %% ../nbs/05_kernels.ipynb #315e755d
 def decode_attention(
     layer:SpectralLayer, # Past tokens
     query_states:Tensor, # **post-RoPE** `[B, heads, 1, D]`
@@ -911,8 +920,8 @@ def decode_attention(
     step = dict(query=aligned(query_states), key=aligned(key_states), value=aligned(value_states), out=torch.empty(B, 1, heads, D, dtype=query_states.dtype, device=dev), length=_length(hot, hot.n, dev))
     step["mask"] = step["length"] if mask is None else mask
     store = store and hot.n < hot.keys.shape[2]
-    key = query_states.dtype, key_states.dtype, value_states.dtype, query_states.shape, key_states.shape, dev, scaling, softcap, tuning, mask is not None and (mask.stride(0), mask.data_ptr() % 16)
-    with _lock: # launches of two threads must not mix: they share the scratch memory
+    key = query_states.dtype, key_states.dtype, value_states.dtype, query_states.shape, key_states.shape, dev, stream_of(dev), scaling, softcap, tuning, mask is not None and (mask.stride(0), mask.data_ptr() % 16)
+    with _lock: # launches of two threads must not mix: on one stream they share the scratch memory
         kept = _kept.get(layer)
         if kept is None or not kept.fits(key, places(layer)):
             launches = plan_launches(layer, step, D ** -.5 if scaling is None else scaling, softcap, tuning, mask is not None)

@@ -51,7 +51,7 @@ with torch.no_grad():
         want = model(one, past_key_values=b).logits[:, -1]
         got = graph(one)
         assert torch.allclose(got, want, atol=1e-5), (i, (got - want).abs().max())
-    scratch, captures = kernels.scratch.held["mo", torch.device("cpu")], graph.captures
+    scratch, captures = kernels.scratch.held["mo", torch.device("cpu"), 0], graph.captures
     kernels.scratch("mo", torch.device("cpu"), torch.float32, 2 ** 20) # another cache asks for more than the graph was captured with
     assert any(t is scratch for t in graph.scratch), "memory that the graph writes to could be freed"
     for change in (lambda c: c.reorder_cache(torch.tensor([1, 0])), lambda c: model(one, past_key_values=c)): # between two steps somebody else changes the cache
@@ -60,6 +60,12 @@ with torch.no_grad():
         want = model(one, past_key_values=b).logits[:, -1]
         assert torch.allclose(graph(one), want, atol=1e-5)
     assert graph.captures == captures + 2
+    kernels.stream_of = lambda device: 1 # another stream has scratch memory of its own, and a graph of its own
+    one = torch.randint(0, 100, (2, 1))
+    want = model(one, past_key_values=b).logits[:, -1]
+    assert torch.allclose(graph(one), want, atol=1e-5) and graph.captures == captures + 3
+    first, second = (kernels.scratch.held["mo", torch.device("cpu"), i] for i in range(2))
+    assert first.data_ptr() != second.data_ptr()
     graph.release()
     held, forward, calls = [len(o.hot) for o in a.layers], graph.forward, []
     def failing(*args):
@@ -79,7 +85,7 @@ with torch.no_grad():
     kernels.decode_attention = by_kernels
     kernels._broken.clear()
     assert graph.graph is None and [len(o.hot) for o in a.layers] == held and not any(o.hot in kernels.counters for o in a.layers)
-assert a.get_seq_length() == b.get_seq_length() == 583 and len(a.layers[0].cold) == len(b.layers[0].cold) > 384 and graph.captures >= 2, (graph.captures, a.layers)
+assert a.get_seq_length() == b.get_seq_length() == 584 and len(a.layers[0].cold) == len(b.layers[0].cold) > 384 and graph.captures >= 2, (graph.captures, a.layers)
 for x, y in zip(a.layers, b.layers):
     for s, t in zip(x.hot.states(), y.hot.states()): assert torch.equal(s, t)
 assert not kernels._broken, kernels._broken

@@ -52,5 +52,15 @@ k1 = states(2, 2, 1, 128)
 layer.append(k1, 2 * k1)
 for a, b in zip(layer.hot.states(layer.hot.n - 1), (k1, 2 * k1)): assert torch.allclose(a.float(), b.float(), atol=5e-2), "values moved alone"
 check("values moved alone", layer)
+if place: # two streams at once
+    both, outs = [torch.cuda.Stream() for _ in range(2)], [[], []]
+    torch.cuda.synchronize()
+    for i in range(100):
+        for stream, l, out in zip(both, (layer, other), outs):
+            with torch.cuda.stream(stream): out.append(kernels.decode_attention(l, q, k, v, None, None, None, small))
+    torch.cuda.synchronize()
+    for l, out in zip((layer, other), outs):
+        check("one stream", l)
+        assert all(torch.equal(o, out[0]) for o in out) and error(out[0], l, q, k, v, None, None) < 2e-3, "two streams"
 assert tables and not kernels._broken
 print("done")
