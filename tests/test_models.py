@@ -1,4 +1,8 @@
 "A cache that loses nothing must give what the dense cache gives: logits, tokens, beams, turns, chunks."
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny import CONFIGS, head_dim, prompt, tiny_model
@@ -57,6 +61,30 @@ def test_two_turns_on_one_cache(model):
     dense = turns(DynamicCache(config=model.config))
     model.set_attn_implementation("spectral")
     assert torch.equal(turns(lossless(model)), dense)
+
+
+def test_memory_is_free_with_the_cache_and_copies_are_their_own():
+    model = tiny_model("llama")
+    model.set_attn_implementation("spectral")
+    new = lambda: SpectralCache(model.config, coding="spectral", bits=4., fit_length=256, hot_buffer_size=64)
+    steps = lambda cache, n: [model(torch.full((1, 1), 5 + i % 50), past_key_values=cache) for i in range(n)]
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            first = new()
+            model(prompt(1, 200)["input_ids"], past_key_values=first) # copied before bases are fitted, and gone when they are
+            twin, straight = copy.deepcopy(first), copy.deepcopy(first)
+            codes = weakref.ref(first)
+            del first
+            assert codes() is None
+            twins = copy.deepcopy(twin)
+            for cache in (twin, twins, straight): steps(cache, 300)
+        for cache in (twin, twins): assert all(o.cold.ready and len(o.cold) == len(s.cold) > 256 for o, s in zip(cache.layers, straight.layers)) and cache.nbytes == straight.nbytes
+        held = weakref.ref(twin), weakref.ref(twin.layers[0].cold.segments[0].keys.codes)
+        del twin, cache
+        assert not any(r() for r in held)
+    finally: gc.enable()
 
 
 def test_fresh_prompt_after_reset(model):
