@@ -52,6 +52,51 @@ def test_allocation_keeps_its_budget(n, bits, seed):
     assert spent > budget - step or all(sum(l.bits) == 8 * 64 // GROUP for l in layouts)
 
 
+def one_step_at_a_time(pools, budget, floor):
+    "What `allocate` does, each group and each step alone."
+    import numpy as np
+    from spectral_nb.spectral import DISTORTION
+    if budget < sum(p.rows * p.tokens * len(p.variance) for p in pools): floor = 0.
+    widths, cost, rate, least, owner = np.array(WIDTHS, float), [], [], [], []
+    for i, p in enumerate(pools):
+        groups = p.variance.double().view(-1, GROUP).sum(-1).numpy() * p.weight * p.rows
+        for j, v in enumerate(groups):
+            cost.append(v * np.array([DISTORTION[b] for b in WIDTHS])); rate.append((widths * p.tokens + p.overhead() * (widths > 0)) * GROUP * p.rows)
+            least.append(int(j < floor * len(groups))); owner.append(i)
+    if sum(r[l] for r, l in zip(rate, least)) <= budget:
+        for c, l in zip(cost, least): c[:l] = np.inf
+    choose = lambda x: [int((c + 2. ** x * r).argmin()) for c, r in zip(cost, rate)]
+    lo, hi, dear, pick = -200., 200., choose(-200.), choose(200.)
+    while hi - lo > 1e-9 and dear != pick:
+        mid = choose((lo + hi) / 2)
+        if sum(r[k] for r, k in zip(rate, mid)) > budget: lo, dear = (lo + hi) / 2, mid
+        else: hi, pick = (lo + hi) / 2, mid
+    def step(among, way, most=np.inf):
+        "The group to whom a step up gives most, or one down costs least, for each bit."
+        found = [(way * (cost[g][pick[g]] - cost[g][pick[g] + way]) / (rate[g][pick[g] + way] - rate[g][pick[g]]), g) for g in among
+                 if 0 <= pick[g] + way < len(widths) and rate[g][pick[g] + way] - rate[g][pick[g]] <= most and np.isfinite(cost[g][pick[g] + way])]
+        if not found: return False
+        pick[max(found, key=lambda o: (o[0], -o[1]))[1]] += way
+        return True
+    for i, p in enumerate(pools):
+        mine = [g for g, o in enumerate(owner) if o == i]
+        bits = lambda: sum(widths[pick[g]] for g in mine)
+        way = 1 if bits() % p.unit > p.unit / 2 else -1
+        while bits() % p.unit: way = way if step(mine, way) else -way
+    free, spent = [g for g, o in enumerate(owner) if pools[o].unit == 1], lambda: sum(r[k] for r, k in zip(rate, pick))
+    while spent() > budget and step(free, -1): pass
+    while step(free, 1, budget - spent()): pass
+    return [Layout(tuple(sorted((int(widths[k]) for k, o in zip(pick, owner) if o == i and k), reverse=True))) for i in range(len(pools))]
+
+
+@given(st.integers(1, 5), st.sampled_from([.05, .4, .9, 1.5, 3.3, 9.]), st.sampled_from([0., .5, 1.]), st.integers(0, 99))
+def test_allocation_is_that_of_single_steps(n, bits, floor, seed):
+    gen = torch.Generator().manual_seed(seed)
+    pools = [Pool((4 * torch.randn(64, generator=gen)).exp().sort(descending=True).values, float(torch.rand(1, generator=gen)) + 1e-3, 4, 128 * (1 + i), i // 2, 2 - i % 2) for i in range(2 * n)]
+    budget = bits * sum(p.rows * p.tokens * 64 for p in pools) + .5
+    assert allocate(pools, budget, floor) == one_step_at_a_time(pools, budget, floor)
+
+
 def filled(B=1, H=2, T=900, D=32, dtype=torch.float32, padding=None, seed=0, sample=True, **kw):
     "A layer with structured states: few strong directions, slow drift, queries that attend."
     gen = torch.Generator().manual_seed(seed)
