@@ -467,7 +467,7 @@ class Seen:
     def steps(self) -> tuple[int, int, int]: # From one row, head and token to the next, in units of 16
         return tuple(s // 16 for s in self.keys[0].stride()[:3])
 
-# %% ../nbs/05c_encode_kernels.ipynb #2cfd3f9a
+# %% ../nbs/05c_encode_kernels.ipynb #5145de33
 class Encoder:
     Seen = Seen
     "Codes states by the kernel where it can, and where it agrees with PyTorch."
@@ -617,7 +617,7 @@ class Encoder:
             with on(dev): query_attends[R * H, -(-rows // 64)](seen.queries, seen.keys[0], v[0], seen.slots, seen.where, out, sums, seen.softcap or 1., *seen.steps(), *(s // 16 for s in v[0].stride()[:3]), B, H, seen.slots.shape[1], rows, T, seen.start,
                 D=D, DP=1 << (D - 1).bit_length(), QB=64, TB=64, CAPPED=seen.softcap is not None, num_warps=4, num_stages=2)
             return out, sums
-        return self.run(values[0], ("outputs", seen.softcap is not None), by_kernel, by_torch, lambda got, want: bool((got[0] - want).norm() <= .01 * want.norm()))
+        return self.run(values[0], ("outputs", seen.softcap is not None), by_kernel, by_torch, lambda got, want: bool((got[0][:len(want)] - want).norm() <= .02 * want.norm()))
 
     def feelings(self,
         seen:"Seen", # What queries see
@@ -641,7 +641,7 @@ class Encoder:
                 query_feels[R * H * heads, pages](*common, values.contiguous(), g, (-2 * oG).to(dtype).contiguous(), own.contiguous(), weight.contiguous(), moved, each, seen.softcap or 1., *seen.steps(), B,
                     g.stride(0) if len(g) > 1 else 0, H, heads, q, n, seen.start, skip, **sizes)
             return moved, each.view(R, H, heads, q * pages).sum(-1), share
-        return self.run(values, ("feelings",), by_kernel, by_torch, lambda got, want: all(bool((a - b).norm() <= .02 * b.norm()) for a, b in zip(got, want)))
+        return self.run(values, ("feelings",), by_kernel, by_torch, lambda got, want: all(bool((a[:len(b)] - b).norm() <= .02 * b.norm()) for a, b in zip(got, want)))
 
     def states(self,
         x:list[Tensor], # Of each layer `[B, H, T, D]`

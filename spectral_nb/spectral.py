@@ -351,7 +351,7 @@ class Sensitivity:
     share:Tensor # Of the attention that coded tokens receive `[B, H, n, 1]`, sum 1
     queries:Tensor # Second moment of queries at anchors `[B, H, D, D]`
 
-# %% ../nbs/02b_spectral.ipynb #3682bfcc
+# %% ../nbs/02b_spectral.ipynb #ed3402cc
 def _feelings(
     a:Tensor, # Probabilities `[B, H, heads * q, pages, PAGE]`, 0: not coded
     vc:Tensor, # Values less a centre, none above one `[B, H, 1, n, D]`
@@ -385,17 +385,18 @@ def sensitivity(
     n, q, dtype = weight.shape[2], sample.queries.shape[2], dtype or (first.dtype if first.is_cuda else torch.float32)
     queries, slots = sample.queries.reshape(B, H, -1, D), sample.slots.expand(B, q)
     scaled, ask = (queries * sample.scaling).to(dtype), Coded.kernel if kernel else None
-    def attention(): # one layer at a time
-        late = (torch.arange(start, start + T, device=first.device) > slots[..., None]).chunk(len(keys))
-        a, out = first.new_empty(B, H, queries.shape[2], T, dtype=dtype), first.new_empty(B, H, queries.shape[2], values[0].shape[3], dtype=dtype)
-        for sq, k, v, hidden, p, o in zip(scaled.chunk(len(keys)), keys, values, late, a.chunk(len(keys)), out.chunk(len(keys))):
+    def attention(dtype=dtype, layers=len(keys)): # of the first so many, one at a time
+        rows = layers * len(first)
+        late = (torch.arange(start, start + T, device=first.device) > slots[:rows, :, None]).chunk(layers)
+        a, out = first.new_empty(rows, H, queries.shape[2], T, dtype=dtype), first.new_empty(rows, H, queries.shape[2], values[0].shape[3], dtype=dtype)
+        for sq, k, v, hidden, p, o in zip(scaled[:rows].to(dtype).chunk(layers), keys, values, late, a.chunk(layers), out.chunk(layers)):
             s = sq @ k.to(dtype).mT
             if sample.softcap is not None: s = sample.softcap * torch.tanh(s / sample.softcap)
             torch.softmax(s.unflatten(2, (-1, q)).masked_fill_(hidden[:, None, None], torch.finfo(dtype).min).flatten(2, 3), -1, out=p)
             torch.matmul(p, v.to(dtype), out=o)
         return a, out.float()
     seen = ask and ask.attends(first) and ask.Seen(scaled, keys, slots, start, sample.softcap)
-    found = ask.outputs(seen, values, lambda: attention()[1]) if seen else None
+    found = ask.outputs(seen, values, lambda: attention(torch.float32, 1)[1]) if seen else None # to be compared with: half-precision scores are no measure for a kernel's
     a, out = (None, found[0]) if found else attention()
     out = out.unflatten(2, (-1, q))
     skip = max(1, -(-n // (PAGE * MOST_ANCHORS))) # long prompts: metrics from every second page, and so on
@@ -409,10 +410,10 @@ def sensitivity(
     most = torch.linalg.vector_norm(vc, torch.inf, (1, 2, 3, 4), keepdim=True).clamp_min(1e-4)
     vc, oc, size = vc / most, oc / most, size * most.float().square()
     oG = oc @ Gn
-    def feel():
-        p = attention()[0] if a is None else a
-        return *_feelings(some(p, 3) * some(weight.to(dtype), 2)[:, :, None, ..., 0], vc, Gn, oG, oc), p[..., :n].sum(2, dtype=torch.float32)
-    moved, received, share = (ask.feelings(seen, found[1], vc[:, :, 0], Gn, oG, (oG * oc).sum(-1), weight, skip, feel) if found else None) or feel()
+    def feel(p): # of all layers, or of the first
+        rows = slice(len(p))
+        return *_feelings(some(p, 3) * some(weight[rows].to(dtype), 2)[:, :, None, ..., 0], vc[rows], Gn[rows], oG[rows], oc[rows]), p[..., :n].sum(2, dtype=torch.float32)
+    moved, received, share = (ask.feelings(seen, found[1], vc[:, :, 0], Gn, oG, (oG * oc).sum(-1), weight, skip, lambda: feel(attention(torch.float32, 1)[0])) if found else None) or feel(a)
     share = share[..., None] * weight
     share = torch.where(share.sum(-2, keepdim=True) > 0, share, weight)
     share = share / share.sum(-2, keepdim=True).clamp_min(1e-30)
