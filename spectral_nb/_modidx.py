@@ -1063,6 +1063,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spectral_nb.widgets.LiveStep': ('widgets.html#livestep', 'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.LiveStep.nbytes': ('widgets.html#livestep.nbytes', 'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.LiveStep.ratio': ('widgets.html#livestep.ratio', 'spectral_nb/widgets.py'),
+                                     'spectral_nb.widgets.Page': ('widgets.html#page', 'spectral_nb/widgets.py'),
+                                     'spectral_nb.widgets.Page.__repr__': ('widgets.html#page.__repr__', 'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.SpectrumExplorer': ('widgets.html#spectrumexplorer', 'spectral_nb/widgets.py'),
                                      'spectral_nb.widgets.SpectrumExplorer.__init__': ( 'widgets.html#spectrumexplorer.__init__',
                                                                                         'spectral_nb/widgets.py'),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DOCUMENT', 'KINDS', 'BUSY', 'TIER_COLOURS', 'ipywidgets_module', 'in_kernel', 'in_colab', 'display_data',
-           'error_html', 'Explorer', 'SpectrumExplorer', 'find_tokens', 'AttentionExplorer', 'kl_colour', 'visible',
-           'DivergenceExplorer', 'LiveStep', 'DenseTwin', 'EachToken', 'stream', 'LiveGeneration']
+           'error_html', 'Page', 'Explorer', 'SpectrumExplorer', 'find_tokens', 'AttentionExplorer', 'kl_colour',
+           'visible', 'DivergenceExplorer', 'LiveStep', 'DenseTwin', 'EachToken', 'stream', 'LiveGeneration']
 
 # %% ../nbs/08_widgets.ipynb #303146e8
 import html
@@ -69,7 +69,12 @@ def error_html(
     return (f"<div role='alert' style='border-left:4px solid #D55E00;padding:.3rem .8rem'><b>{type(e).__name__}:</b> {html.escape(str(e))}"
             f"<details><summary>where</summary><pre>{html.escape(where)}</pre></details></div>")
 
-# %% ../nbs/08_widgets.ipynb #856cdd79
+# %% ../nbs/08_widgets.ipynb #50cc3c61
+class Page(str):
+    "An HTML page, too long to be echoed."
+    def __repr__(self): return f"<HTML page of {len(self):,} characters>"
+
+# %% ../nbs/08_widgets.ipynb #277a3e36
 DOCUMENT = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>
 <style>body{{font:16px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}}
 table{{border-collapse:collapse}}th,td{{padding:.25rem .6rem;border-bottom:1px solid #ddd;text-align:right}}pre{{white-space:pre-wrap}}</style></head>
@@ -96,9 +101,9 @@ class Explorer:
 
     def to_html(self,
         path:str|Path|None=None, # Write it here too
-    ) -> str:
+    ) -> Page:
         "One self-contained page."
-        page = DOCUMENT.format(title=html.escape(self.title), summary=self.summary(), figure=self.figure().to_html(full_html=False, include_plotlyjs=True))
+        page = Page(DOCUMENT.format(title=html.escape(self.title), summary=self.summary(), figure=self.figure().to_html(full_html=False, include_plotlyjs=True)))
         if path is not None: Path(path).write_text(page, encoding="utf-8")
         return page
 
