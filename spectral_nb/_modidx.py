@@ -629,7 +629,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spectral_nb.kernels.stored': ('kernels.html#stored', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels.stream_of': ('kernels.html#stream_of', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels.thread_order': ('kernels.html#thread_order', 'spectral_nb/kernels.py'),
-                                     'spectral_nb.kernels.took': ('kernels.html#took', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels.tuning_for': ('kernels.html#tuning_for', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels.unsupported': ('kernels.html#unsupported', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels.write_hot': ('kernels.html#write_hot', 'spectral_nb/kernels.py')},

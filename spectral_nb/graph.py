@@ -12,7 +12,7 @@ from torch import Tensor
 from . import kernels
 from .cache import SpectralCache, SpectralLayer
 
-# %% ../nbs/05b_graph.ipynb #14c3787a
+# %% ../nbs/05b_graph.ipynb #aba555c0
 class DecodeGraph:
     "Decode steps of a model whose attention implementation is `spectral`, captured between the ends of pages."
     def __init__(self,
@@ -26,8 +26,7 @@ class DecodeGraph:
         if next(model.parameters()).device.type != "cuda" and not kernels.interpreted(): raise ValueError("DecodeGraph needs a model on a CUDA device")
         heads = model.config.get_text_config(decoder=True).num_attention_heads
         for o in layers:
-            k, v = o.hot.states()
-            why = "kernel='torch'" if o.config.kernel == "torch" else kernels.unsupported(o, k[:, :1, :1].expand(-1, heads, -1, -1), v)
+            why = "kernel='torch'" if o.config.kernel == "torch" else kernels.unsupported(o, o.hot.keys[:, :1, :1].expand(-1, heads, -1, -1), o.hot.values)
             if why: raise ValueError(f"DecodeGraph needs attention by the kernels, which do not take this cache ({why}); decode with model.generate")
         self.model, self.cache, self.graph, self.captures = model, cache, None, 0
 
@@ -83,7 +82,7 @@ class DecodeGraph:
                 self.logits = self.forward(self.ids, self.positions)
                 self.counter += 1
                 self.positions += 1
-            if not all(kernels.took(o.hot) for o in layers): raise RuntimeError("DecodeGraph cannot capture a step in which PyTorch stands in for a kernel that failed (see the warning before); decode with model.generate")
+            if not all(kernels.has_written(o.hot, None, o.hot.n - 1) for o in layers): raise RuntimeError("DecodeGraph cannot capture a step in which PyTorch stands in for a kernel that failed (see the warning before); decode with model.generate")
         except BaseException:
             self.release()
             for o, length in zip(layers, held): o.hot.n = length
@@ -91,7 +90,7 @@ class DecodeGraph:
         finally:
             for o in layers: kernels.counters.pop(o.hot, None)
         self.held, self.stream, self.captures = self.tensors(), kernels.stream_of(self.ids.device), self.captures + 1
-        self.scratch = list(kernels.scratch.held.values()) # alive as long as the graph writes there
+        self.scratch = [t for (*_, stream), t in kernels.scratch.held.items() if stream == self.stream] # alive as long as the graph writes there
 
     def release(self):
         "Forget the graph; steps run by themselves again."

@@ -6,8 +6,8 @@
 __all__ = ['scratch', 'T4', 'counters', 'Steps', 'cheapest', 'steps_of', 'thread_order', 'prepare', 'decode', 'decode_gemv',
            'merge', 'LayoutTables', 'layout_tables', 'rotary_pairs', 'anchor_table', 'stream_of', 'Scratch', 'Tuning',
            'interpreted', 'tuning_for', 'marked_pages', 'unsupported', 'places', 'Launch', 'run_launches', 'Kept',
-           'aligned', 'plan_launches', 'decode_attention', 'has_written', 'took', 'write_hot', 'stored', 'first_head',
-           'attend', 'TritonSpectralConfig']
+           'aligned', 'plan_launches', 'decode_attention', 'has_written', 'write_hot', 'stored', 'first_head', 'attend',
+           'TritonSpectralConfig']
 
 # %% ../nbs/05_kernels.ipynb #5fae7ba1
 import copy
@@ -930,22 +930,15 @@ def decode_attention(
     if store: _written[hot] = hot.n, weakref.ref(key_states), weakref.ref(hot.keys)
     return step["out"]
 
-# %% ../nbs/05_kernels.ipynb #bb9b27be
+# %% ../nbs/05_kernels.ipynb #8487de11
 def has_written(
     tier:HotTier,
-    key_states:Tensor, # The very tensor that attention was given
+    key_states:Tensor|None, # The very tensor that attention was given; None: any
     at:int, # Where in the tier
 ) -> bool:
     "Whether `decode_attention` has put this token where it belongs."
     held = _written.get(tier)
-    return held is not None and held[0] == at and held[1]() is key_states and held[2]() is tier.keys
-
-def took(
-    tier:HotTier,
-) -> bool:
-    "Whether `decode_attention` has put the last token there."
-    held = _written.get(tier)
-    return held is not None and held[0] == tier.n - 1 and held[2]() is tier.keys
+    return held is not None and held[0] == at and (key_states is None or held[1]() is key_states) and held[2]() is tier.keys
 
 def write_hot(
     tier:HotTier, # int8, with room

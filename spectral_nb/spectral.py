@@ -408,7 +408,7 @@ class Pool:
     def overhead(self) -> int: # Bits of a component besides its codes: an 8-bit basis row and its scale
         return 8 * len(self.variance) + 16
 
-# %% ../nbs/02b_spectral.ipynb #f111c759
+# %% ../nbs/02b_spectral.ipynb #166f7c36
 def _per_bit(
     cost:np.ndarray, # Of each group at each width `[groups, len(WIDTHS)]`
     rate:np.ndarray, # Bits it takes there
@@ -435,17 +435,17 @@ def allocate(
     least = (at - starts[owner] < floor * size[owner]).astype(int)
     if rate[at, least].sum() <= budget: cost = np.where(np.arange(len(WIDTHS)) >= least[:, None], cost, np.inf)
     lo, hi, pick, taken = -200., 200., np.zeros(len(at), int), 0.
-    open, c, r = at, cost, rate # groups whose bits are still between those of the two prices
+    between, c, r = at, cost, rate # groups whose bits are still between those of the two prices
     def choose(x): return (c + 2. ** x * r).argmin(1)
     dear, cheap = choose(lo), choose(hi)
-    while hi - lo > 1e-9 and len(open): # the higher the price, the fewer bits
+    while hi - lo > 1e-9 and len(between): # the higher the price, the fewer bits
         mid, x = choose((lo + hi) / 2), (lo + hi) / 2
         if taken + r[at[:len(r)], mid].sum() > budget: lo, dear = x, mid
         else: hi, cheap = x, mid
-        if not (more := dear != cheap).all():
-            pick[open], taken = cheap, taken + r[~more, cheap[~more]].sum()
-            open, c, r, dear, cheap = (t[more] for t in (open, c, r, dear, cheap))
-    pick[open] = cheap
+        if not (apart := dear != cheap).all():
+            pick[between], taken = cheap, taken + r[~apart, cheap[~apart]].sum()
+            between, c, r, dear, cheap = (t[apart] for t in (between, c, r, dear, cheap))
+    pick[between] = cheap
     gain, more = _per_bit(cost, rate), np.diff(rate, append=np.inf)
     bits = lambda: np.add.reduceat(widths[pick], starts)
     up = (bits() % unit > unit / 2).astype(int)

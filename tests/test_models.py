@@ -79,6 +79,7 @@ def test_memory_is_free_with_the_cache_and_copies_are_their_own():
             del first
             assert codes() is None
             twins = copy.deepcopy(twin)
+            assert all(o.on_full.__self__.cache() is o.on_page.__self__.cache() is cache for cache in (twin, twins, straight) for o in cache.layers)
             for cache in (twin, twins, straight): steps(cache, 300)
         for cache in (twin, twins): assert all(o.cold.ready and len(o.cold) == len(s.cold) > 256 for o, s in zip(cache.layers, straight.layers)) and cache.nbytes == straight.nbytes
         held = weakref.ref(twin), weakref.ref(twin.layers[0].cold.segments[0].keys.codes)
