@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'PAGE', 'WIDTHS', 'PLANES', 'CHUNK', 'KEY_BYTES', 'MOST_ANCHORS', 'LOSS_RANK', 'FIT_TOKENS', 'STEP_TOKENS',
-           'DISTORTION', 'STEP', 'STEP_SEARCH', 'planes_of', 'pack', 'unpack', 'Layout', 'to_pages', 'from_pages',
-           'best_step', 'quantize', 'dequantize', 'decorrelate', 'Spectrum', 'moments', 'spectrum', 'anchor_angles',
-           'to_anchor', 'query_at_anchors', 'Sample', 'Sensitivity', 'sensitivity', 'Pool', 'allocate', 'Quantizer',
-           'Coded', 'error_of', 'analysis_together', 'code_together', 'Loss', 'most_numbers', 'together', 'Measured',
-           'Segment', 'SpectralStore', 'measure_together', 'fit_bases', 'plan', 'settle', 'code_pages', 'add_pages',
-           'not_finite']
+           'LONG', 'ADD_BYTES', 'DISTORTION', 'STEP', 'STEP_SEARCH', 'planes_of', 'pack', 'unpack', 'Layout',
+           'to_pages', 'from_pages', 'best_step', 'quantize', 'dequantize', 'inverse_factor', 'decorrelate', 'Spectrum',
+           'moments', 'spectrum', 'anchor_angles', 'to_anchor', 'query_at_anchors', 'Sample', 'Sensitivity',
+           'sensitivity', 'Pool', 'allocate', 'Quantizer', 'Coded', 'stacked', 'joined', 'error_of',
+           'analysis_together', 'code_together', 'Loss', 'most_numbers', 'together', 'Measured', 'Segment',
+           'SpectralStore', 'measure_together', 'fit_bases', 'plan', 'start_together', 'settle', 'code_pages',
+           'add_pages', 'not_finite']
 
 # %% ../nbs/02b_spectral.ipynb #f57855cf
 from collections import defaultdict
@@ -23,7 +24,7 @@ from torch import Tensor
 from .codec import STORES, SpectralConfig
 from .rope import RopeTable, turn
 
-# %% ../nbs/02b_spectral.ipynb #8d2d5c04
+# %% ../nbs/02b_spectral.ipynb #1847c683
 GROUP = 16 # Components that share a width
 PAGE = 128 # Tokens that share an anchor, and are coded at a time
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8) # Bits a component may get
@@ -33,6 +34,8 @@ KEY_BYTES = 4 # Bytes of a key's codes are a multiple of this
 MOST_ANCHORS = 32 # Pages, evenly spread, that metrics are measured on
 LOSS_RANK = 2 # Directions of what keys lose that are kept
 FIT_TOKENS, STEP_TOKENS = 2048, 512 # Tokens, evenly spread, that bases and steps are fitted to
+LONG = 7680 # Tokens of a prompt whose prefill takes so much memory that more layers can be worked on at once without taking more
+ADD_BYTES = 2 ** 27 # Codes that are copied at once when pages are added: old and new ones are held until then
 
 # %% ../nbs/02b_spectral.ipynb #caedde45
 def planes_of(
@@ -63,7 +66,7 @@ def unpack(
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None, :] >> shifts[:, None]) & (2 ** width - 1)).flatten(-2)
 
-# %% ../nbs/02b_spectral.ipynb #6e88114f
+# %% ../nbs/02b_spectral.ipynb #77d355e2
 @dataclass(frozen=True)
 class Layout:
     "Bits of each group of `GROUP` components, descending, and the planes that follow from them."
@@ -80,15 +83,16 @@ class Layout:
             for w, shift in planes_of(b): out[w].append((g, shift))
         return out
 
-    def parts(self) -> list[list[tuple[int, int, int, int]]]: # For each byte: component, shift, mask and place in the byte
-        "What each byte of a token is made of: `(code >> shift & mask) << place` of every part."
-        out = []
+    def parts(self) -> np.ndarray: # `[parts, 5]`: byte, component, shift, mask and place in the byte
+        "What each byte of a token is made of: the sum of `(code >> shift & mask) << place` of its parts."
+        out, at = [np.empty((5, 0), int)], 0
         for w, members in self.planes().items():
-            n = len(members) * GROUP * w // 8
-            for j in range(n):
-                at = [(p * w, *divmod(p * n + j, GROUP)) for p in range(8 // w)]
-                out.append([(members[i][0] * GROUP + c, members[i][1], 2 ** w - 1, place) for place, i, c in at])
-        return out
+            if not members: continue
+            groups, shifts = np.repeat(members, GROUP, 0).T
+            m, n = np.arange(len(groups)), len(groups) * w // 8
+            out.append(np.stack([at + m % n, groups * GROUP + m % GROUP, shifts, np.full(len(m), 2 ** w - 1), m // n * w]))
+            at += n
+        return np.concatenate(out, 1).T
 
     @property
     def nbytes(self) -> int: # Bytes of codes a token
@@ -136,7 +140,7 @@ class Layout:
         comps, factors = (torch.tensor(o, device=planes.device, dtype=torch.long) for o in self.members())
         return planes.new_zeros(*planes.shape[:-1], self.rank).index_add(-1, comps, planes * factors)
 
-# %% ../nbs/02b_spectral.ipynb #2a7cb84c
+# %% ../nbs/02b_spectral.ipynb #e45d2aed
 @lru_cache(128)
 def _joint(layouts:tuple[Layout, ...], device:torch.device) -> tuple: # Largest rank; place of each row; largest codes; component, shift, mask and place in its byte of each of up to 8 parts of a byte
     "How codes of several layouts, rows filled up with zeros, become bytes."
@@ -145,8 +149,10 @@ def _joint(layouts:tuple[Layout, ...], device:torch.device) -> tuple: # Largest 
     for i, l in enumerate(layouts):
         at += range(i * R, i * R + l.rank)
         top[i, :l.rank, 0] = 2. ** l.components(l.rank) - 1
-        parts += [[(i * R + c, *rest) for c, *rest in byte] + [(0, 0, 0, 0)] * (8 - len(byte)) for byte in l.parts()]
-    parts = torch.tensor(parts, dtype=torch.int32).view(-1, 8, 4)[:, :max([8 // w for l in layouts for w, m in l.planes().items() if m], default=1)]
+        byte, c, shift, mask, place = l.parts().T
+        parts.append(np.zeros((l.nbytes, 8, 4), int))
+        parts[-1][byte, place // np.log2(mask + 1).astype(int)] = np.stack([i * R + c, shift, mask, place], 1)
+    parts = torch.from_numpy(np.concatenate(parts))[:, :max([8 // w for l in layouts for w, m in l.planes().items() if m], default=1)]
     comps, *rest = parts.permute(2, 1, 0).unbind()
     return R, *(t.to(device) for t in (torch.tensor(at, dtype=torch.long), top, comps.flatten(), *(t[..., None].to(torch.uint8) for t in rest)))
 
@@ -220,26 +226,40 @@ def dequantize(codes:Tensor, bits:int) -> Tensor: # Coefficients in steps
     "The middle of a code's cell."
     return codes - (2 ** bits - 1) / 2
 
-# %% ../nbs/02b_spectral.ipynb #dc41adbe
+# %% ../nbs/02b_spectral.ipynb #00a4c572
+def inverse_factor(
+    matrix:Tensor, # Positive definite `[..., D, D]` float32
+    kernel:bool=False, # Ask `Coded.kernel`
+) -> Tensor: # Lower triangular `[..., D, D]`: `out @ matrix @ out.mT` is the identity
+    "Inverses of Cholesky factors."
+    def by_torch():
+        L = torch.linalg.cholesky_ex(matrix)[0]
+        return torch.linalg.solve_triangular(L, torch.eye(L.shape[-1], device=L.device).expand_as(L), upper=False)
+    got = Coded.kernel.inverse_factor(matrix, by_torch) if kernel and Coded.kernel is not None else None
+    return by_torch() if got is None else got
+
+# %% ../nbs/02b_spectral.ipynb #a6b82d7f
 def decorrelate(
     covariance:Tensor, # `[..., D, D]`
     rank:int|None=None, # Directions wanted; default: all
     shifts:tuple=(3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6), # Of each step, over the norm of the matrix
+    kernel:bool=False, # Ask `Coded.kernel`
 ) -> tuple[Tensor, Tensor]: # Variances, descending `[..., rank]`, and their directions `[..., D, rank]`, orthonormal
     "Nearly the leading eigenvectors of many matrices at once, by orthogonal iteration."
-    D, diagonal = covariance.shape[-1], covariance.diagonal(dim1=-2, dim2=-1)
-    size = covariance.square().sum((-2, -1)).sqrt()[..., None, None].clamp_min(1e-12)
-    first = diagonal.argsort(-1, descending=True)[..., :rank]
-    Q = torch.zeros(*first.shape[:-1], D, first.shape[-1], device=covariance.device).scatter_(-2, first[..., None, :], 1.)
-    eye = torch.eye(first.shape[-1], device=covariance.device)
-    for shift in shifts:
-        Z = covariance @ Q + shift * size * Q
-        Z = Z / Z.norm(dim=-2, keepdim=True)
-        L = torch.linalg.cholesky_ex(Z.mT @ Z + 1e-6 * eye)[0]
-        Q = torch.linalg.solve_triangular(L.mT, Z, upper=True, left=False)
-        Q = 1.5 * Q - .5 * Q @ (Q.mT @ Q) # rounding errors of the line above
-    variance, order = (Q * (covariance @ Q)).sum(-2).clamp_min(0).sort(-1, descending=True)
-    return variance, Q.gather(-1, order[..., None, :].expand_as(Q))
+    batch, C = covariance.shape[:-2], covariance.flatten(0, -3)
+    size = torch.linalg.vector_norm(C, dim=(1, 2), keepdim=True).clamp_min_(1e-12)
+    C = C / size
+    del covariance # often the last that refers to it
+    first = C.diagonal(dim1=1, dim2=2).argsort(-1, descending=True)[:, :rank]
+    Q = C.new_zeros(*C.shape[:2], first.shape[1]).scatter_(1, first[:, None], 1.)
+    def orthonormal(Z):
+        gram = Z.mT @ Z
+        gram.diagonal(dim1=1, dim2=2).mul_(1 + 1e-6)
+        return Z @ inverse_factor(gram, kernel).mT
+    for shift in shifts: Q = orthonormal(torch.baddbmm(Q, C, Q, beta=shift))
+    Q = torch.baddbmm(Q, Q, Q.mT @ Q, beta=1.5, alpha=-.5) # rounding errors of the line above
+    variance, order = (C @ Q).mul_(Q).sum(1).clamp_min_(0).sort(-1, descending=True)
+    return (variance * size[:, 0]).unflatten(0, batch), Q.gather(2, order[:, None].expand_as(Q)).unflatten(0, batch)
 
 # %% ../nbs/02b_spectral.ipynb #6278f8cd
 @dataclass
@@ -250,7 +270,7 @@ class Spectrum:
     synthesis:Tensor # Coefficients times this are states `[B, H, D, D]`
     mean:Tensor # `[B, H, 1, D]`
 
-# %% ../nbs/02b_spectral.ipynb #a9cef288
+# %% ../nbs/02b_spectral.ipynb #1db80223
 def moments(
     x:Tensor, # States `[B, H, n, D]`
     weight:Tensor, # 0 for tokens that do not count `[B, H or 1, n, 1]`
@@ -266,13 +286,17 @@ def spectrum(
     covariance:Tensor, # `[B, H, D, D]`
     metric:Tensor, # `[B, H, D, D]`
     ridge:float=.1, # Share of the mean diagonal added to the metric
+    kernel:bool=False, # Ask `Coded.kernel`
 ) -> Spectrum:
     "Directions that are uncorrelated and, in the metric, orthogonal."
-    eye = torch.eye(metric.shape[-1], device=metric.device)
-    scale = metric.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    L = torch.linalg.cholesky_ex(torch.where(scale > 0, metric + ridge * scale * eye, eye * 1e-12))[0]
-    variance, Q = decorrelate(L.mT @ covariance @ L)
-    return Spectrum(variance, L @ Q, torch.linalg.solve_triangular(L.mT, Q, upper=True).mT, mean)
+    metric = metric.clone()
+    diagonal = metric.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_((ridge * diagonal.mean(-1, keepdim=True)).clamp_min(1e-12))
+    inverse = inverse_factor(metric, kernel)
+    L = metric @ inverse.mT
+    del metric, diagonal
+    variance, Q = decorrelate(L.mT @ covariance @ L, kernel=kernel)
+    return Spectrum(variance, L @ Q, Q.mT @ inverse, mean)
 
 # %% ../nbs/02b_spectral.ipynb #d4fb0693
 def anchor_angles(
@@ -327,7 +351,7 @@ class Sensitivity:
     share:Tensor # Of the attention that coded tokens receive `[B, H, n, 1]`, sum 1
     queries:Tensor # Second moment of queries at anchors `[B, H, D, D]`
 
-# %% ../nbs/02b_spectral.ipynb #55bb706d
+# %% ../nbs/02b_spectral.ipynb #ed3402cc
 def _feelings(
     a:Tensor, # Probabilities `[B, H, heads * q, pages, PAGE]`, 0: not coded
     vc:Tensor, # Values less a centre, none above one `[B, H, 1, n, D]`
@@ -359,19 +383,22 @@ def sensitivity(
     keys, values = ([x] if isinstance(x, Tensor) else x for x in (key_states, value_states))
     (_, H, T, D), B, first = keys[0].shape, len(weight), keys[0]
     n, q, dtype = weight.shape[2], sample.queries.shape[2], dtype or (first.dtype if first.is_cuda else torch.float32)
-    queries, late = sample.queries.reshape(B, H, -1, D), torch.arange(start, start + T, device=first.device) > sample.slots[..., None]
-    scaled, late = (queries * sample.scaling).to(dtype).chunk(len(keys)), late.expand(B, q, T).chunk(len(keys))
-    a, out = first.new_empty(B, H, queries.shape[2], T, dtype=dtype), first.new_empty(B, H, queries.shape[2], values[0].shape[3], dtype=dtype)
-    for sq, k, v, hidden, p, o in zip(scaled, keys, values, late, a.chunk(len(keys)), out.chunk(len(keys))): # scores of one layer at a time
-        s = sq @ k.to(dtype).mT
-        if sample.softcap is not None: s = sample.softcap * torch.tanh(s / sample.softcap)
-        torch.softmax(s.unflatten(2, (-1, q)).masked_fill_(hidden[:, None, None], torch.finfo(dtype).min).flatten(2, 3), -1, out=p)
-        torch.matmul(p, v.to(dtype), out=o)
-    del s, sq, scaled
-    out = out.float().unflatten(2, (-1, q))
-    share = a[..., :n].sum(2, dtype=torch.float32)[..., None] * weight
-    share = torch.where(share.sum(-2, keepdim=True) > 0, share, weight)
-    share = share / share.sum(-2, keepdim=True).clamp_min(1e-30)
+    queries, slots = sample.queries.reshape(B, H, -1, D), sample.slots.expand(B, q)
+    scaled, ask = (queries * sample.scaling).to(dtype), Coded.kernel if kernel else None
+    def attention(dtype=dtype, layers=len(keys)): # of the first so many, one at a time
+        rows = layers * len(first)
+        late = (torch.arange(start, start + T, device=first.device) > slots[:rows, :, None]).chunk(layers)
+        a, out = first.new_empty(rows, H, queries.shape[2], T, dtype=dtype), first.new_empty(rows, H, queries.shape[2], values[0].shape[3], dtype=dtype)
+        for sq, k, v, hidden, p, o in zip(scaled[:rows].to(dtype).chunk(layers), keys, values, late, a.chunk(layers), out.chunk(layers)):
+            s = sq @ k.to(dtype).mT
+            if sample.softcap is not None: s = sample.softcap * torch.tanh(s / sample.softcap)
+            torch.softmax(s.unflatten(2, (-1, q)).masked_fill_(hidden[:, None, None], torch.finfo(dtype).min).flatten(2, 3), -1, out=p)
+            torch.matmul(p, v.to(dtype), out=o)
+        return a, out.float()
+    seen = ask and ask.attends(first) and ask.Seen(scaled, keys, slots, start, sample.softcap)
+    found = ask.outputs(seen, values, lambda: attention(torch.float32, 1)[1]) if seen else None # to be compared with: half-precision scores are no measure for a kernel's
+    a, out = (None, found[0]) if found else attention()
+    out = out.unflatten(2, (-1, q))
     skip = max(1, -(-n // (PAGE * MOST_ANCHORS))) # long prompts: metrics from every second page, and so on
     some = lambda x, dim: x.narrow(dim, 0, n).unflatten(dim, (-1, PAGE)).movedim(dim, 0)[::skip].movedim(0, dim)
     v = torch.cat([some(v.to(dtype), 2) for v in values]).flatten(2, 3)
@@ -383,9 +410,13 @@ def sensitivity(
     most = torch.linalg.vector_norm(vc, torch.inf, (1, 2, 3, 4), keepdim=True).clamp_min(1e-4)
     vc, oc, size = vc / most, oc / most, size * most.float().square()
     oG = oc @ Gn
-    feel = lambda: _feelings(some(a, 3) * some(weight.to(dtype), 2)[:, :, None, ..., 0], vc, Gn, oG, oc)
-    ask = Coded.kernel if kernel else None
-    moved, received = (ask and ask.feelings(a, vc[:, :, 0], Gn, oG, (oG * oc).sum(-1), weight, skip, feel)) or feel()
+    def feel(p): # of all layers, or of the first
+        rows = slice(len(p))
+        return *_feelings(some(p, 3) * some(weight[rows].to(dtype), 2)[:, :, None, ..., 0], vc[rows], Gn[rows], oG[rows], oc[rows]), p[..., :n].sum(2, dtype=torch.float32)
+    moved, received, share = (ask.feelings(seen, found[1], vc[:, :, 0], Gn, oG, (oG * oc).sum(-1), weight, skip, lambda: feel(attention(torch.float32, 1)[0])) if found else None) or feel(a)
+    share = share[..., None] * weight
+    share = torch.where(share.sum(-2, keepdim=True) > 0, share, weight)
+    share = share / share.sum(-2, keepdim=True).clamp_min(1e-30)
     moved.mul_(skip)
     def turned():
         at = query_at_anchors(queries, start, n // PAGE, table, skip).flatten(2, 3)
@@ -408,7 +439,7 @@ class Pool:
     def overhead(self) -> int: # Bits of a component besides its codes: an 8-bit basis row and its scale
         return 8 * len(self.variance) + 16
 
-# %% ../nbs/02b_spectral.ipynb #166f7c36
+# %% ../nbs/02b_spectral.ipynb #506b5c80
 def _per_bit(
     cost:np.ndarray, # Of each group at each width `[groups, len(WIDTHS)]`
     rate:np.ndarray, # Bits it takes there
@@ -419,6 +450,7 @@ def _per_bit(
     out[1, :, :-1], out[0, :, 1:] = value
     return out
 
+# %% ../nbs/02b_spectral.ipynb #117f8b6f
 def allocate(
     pools:list[Pool],
     budget:float, # Bits for everything that the pools hold
@@ -512,7 +544,7 @@ class Quantizer:
         out = torch.baddbmm(self.bias[..., :rank].flatten(0, 1), x.flatten(0, 1), self.analysis[..., :rank].flatten(0, 1)).view(B, H, n, rank)
         return torch.minimum(out.round_().clamp_(min=0), self.top[..., :rank], out=out)
 
-# %% ../nbs/02b_spectral.ipynb #a881208c
+# %% ../nbs/02b_spectral.ipynb #2dc61c18
 @dataclass
 class Coded:
     "Packed codes of `n` tokens, and the basis that they refer to."
@@ -532,21 +564,31 @@ class Coded:
         weight:Tensor, # 0 for tokens that do not count `[B, H or 1, n, 1]`
         share:Tensor, # Of the attention, for each token `[B, H, n, 1]`
         layout:Layout,
-        quantizer:Quantizer|None=None, # Default: fitted to `x`
         by_byte:bool=False, # Order of the bytes of a page
+    ):
+        "Code `x` with a quantizer fitted to all of it."
+        quantizer = Quantizer.fit(x.float(), weight, s, layout.components(x.shape[-1]).expand(len(x), -1).to(x.device))
+        return cls.fit_together([x], [share], [layout], [quantizer], by_byte)[0]
+
+    @classmethod
+    def fit_together(cls,
+        x:list[Tensor], # States of several layers `[B, H, n, D]`
+        share:list[Tensor], # Of the attention, for each token `[B, H, n, 1]`
+        layouts:list[Layout],
+        quantizers:list[Quantizer],
+        by_byte:bool, # Order of the bytes of a page
         angles:tuple[Tensor, Tensor, bool]|None=None, # Where `x` are keys **post-RoPE**: rotation of each one's anchor, and whether pairs are neighbours
         kernel:bool=True, # Ask `Coded.kernel`
-    ):
-        "Code `x`, with an offset for which the mean error that attention sees is zero."
-        r, at_anchor = layout.rank, lambda: x.float() if angles is None else turn(x, angles[0], -angles[1], angles[2])
-        if quantizer is None: quantizer = Quantizer.fit(at_anchor(), weight, s, layout.components(x.shape[-1]).expand(len(x), -1).to(x.device))
-        out = cls(layout, quantizer.basis[..., :r, :].clone(), quantizer.scale[..., :r, :].clone(), s.mean, None, by_byte)
-        def by_torch():
-            y = at_anchor()
-            codes = quantizer.codes(y, r)
-            return to_pages(layout.pack(codes.to(torch.uint8)), by_byte), share.mT @ y - (share.mT @ codes) @ out.rows()
-        got = None if cls.kernel is None or not kernel else cls.kernel.prompt(out, x, quantizer, share, angles, by_torch)
-        out.codes, out.offset = got or by_torch()
+    ) -> list:
+        "Code `x`, with offsets for which the mean error that attention sees is zero."
+        rows = joined([[getattr(q, n)[..., :l.rank, :]] for n in ("basis", "scale") for q, l in zip(quantizers, layouts)], kernel)
+        out = [cls(l, b, s, None, None, by_byte) for l, b, s in zip(layouts, rows, rows[len(layouts):])]
+        def by_torch(i):
+            y = x[i].float() if angles is None else turn(x[i], angles[0], -angles[1], angles[2])
+            codes = quantizers[i].codes(y, layouts[i].rank)
+            return to_pages(layouts[i].pack(codes.to(torch.uint8)), by_byte), share[i].mT @ y - (share[i].mT @ codes) @ out[i].rows()
+        got = None if cls.kernel is None or not kernel else cls.kernel.prompt(out, x, quantizers, share, angles, by_torch)
+        for i, o in enumerate(out): o.codes, o.offset = by_torch(i) if got is None else got[i]
         return out
 
     def middle(self) -> Tensor: # `[rank]` float32
@@ -583,6 +625,27 @@ class Coded:
         "What is kept."
         return dict(codes=self.codes, basis=self.basis, scale=self.scale, offset=self.offset)
 
+# %% ../nbs/02b_spectral.ipynb #9e2a217d
+def stacked(
+    tensors:list[Tensor], # Of one shape
+) -> Tensor: # `[len(tensors), ...]`
+    "`torch.stack`, without a copy where they lie evenly in one storage."
+    first, at = tensors[0], [t.storage_offset() for t in tensors]
+    step = at[1] - at[0] if len(at) > 1 else first.numel()
+    even = step > 0 and at == list(range(at[0], at[0] + step * len(at), step))
+    if even and len({(t.untyped_storage()._cdata, t.stride()) for t in tensors}) == 1: return first.as_strided((len(at), *first.shape), (step, *first.stride()))
+    return torch.stack(tensors)
+
+def joined(
+    parts:list[list[Tensor]], # `[B, H, n, D]`, to be put one after the other along `n`
+    kernel:bool=True, # Ask `Coded.kernel`
+    start:int=0, # First token of each tensor
+    stop:int|None=None, # One past its last
+) -> list[Tensor]: # Contiguous
+    "`torch.cat` of many lists: each result has a storage of its own."
+    got = Coded.kernel.joined(parts, start, stop) if kernel and Coded.kernel is not None else None
+    return [torch.cat([t[:, :, start:stop] for t in p], 2).contiguous() for p in parts] if got is None else got
+
 # %% ../nbs/02b_spectral.ipynb #45abc192
 def error_of(
     x:Tensor, # States `[B, H, n, D]`
@@ -592,7 +655,7 @@ def error_of(
     "Mean squared error of a token that counts."
     return ((x - coded).square() * weight).sum() / (weight.expand(*x.shape[:3], 1).sum()).clamp_min(1)
 
-# %% ../nbs/02b_spectral.ipynb #e682f4e3
+# %% ../nbs/02b_spectral.ipynb #f7fee335
 def analysis_together(
     coded:list[Coded], # Keys or values of several layers, alike but for ranks
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: # Basis int8 `[B, H, len(coded), R, D]`, zeros beyond a rank, its scale, rows `basis * scale`, and what turns states into codes, of the same shape
@@ -606,9 +669,8 @@ def analysis_together(
     unit = rows / size
     gram = unit @ unit.mT
     gram.diagonal(dim1=-2, dim2=-1).add_(1e-6)
-    L, turned = torch.linalg.cholesky_ex(gram)[0], unit.mT
-    for factor, upper in ((L.mT, True), (L, False)): torch.linalg.solve_triangular(factor, turned, upper=upper, left=False, out=turned) # in place: columns of these are rows of `unit`
-    return basis, scale, rows, unit.div_(size)
+    inverse = inverse_factor(gram)
+    return basis, scale, rows, (inverse.mT @ (inverse @ unit)).div_(size)
 
 def code_together(
     coded:list[Coded], # Keys or values of several layers, alike but for ranks
@@ -619,9 +681,9 @@ def code_together(
 ) -> tuple[list[Tensor], Tensor]: # Pages of each `[B, H, n / PAGE, bytes of a page]`, and mean squared errors of a token `[len(coded)]`
     "Codes of more tokens in the bases of several layers, by least squares; adds them nowhere."
     layouts = tuple(c.layout for c in coded)
+    if kernel and Coded.kernel is not None and (got := Coded.kernel.pages(coded, x, weight, angles)) is not None: return got
     R, _, top, comps, *bits = _joint(layouts, x.device)
-    bases = _, _, rows, analysis = analysis_together(coded)
-    if kernel and Coded.kernel is not None and (got := Coded.kernel.pages(coded, x, bases, weight, angles)) is not None: return got
+    _, _, rows, analysis = analysis_together(coded)
     x = x.float() if angles is None else turn(x, angles[0], -angles[1], angles[2])
     x = (x - torch.stack([c.offset for c in coded], 2)).mT
     codes = torch.minimum((analysis @ x).round_().clamp_(min=0), top)
@@ -633,7 +695,7 @@ def code_together(
     packed = parts.bitwise_right_shift_(shift).bitwise_and_(mask).bitwise_left_shift_(place).sum(2, dtype=torch.uint8).mT
     return [to_pages(p, c.by_byte) for p, c in zip(packed.split([l.nbytes for l in layouts], -1), coded)], errors
 
-# %% ../nbs/02b_spectral.ipynb #c9c15d1e
+# %% ../nbs/02b_spectral.ipynb #b62bc422
 @dataclass
 class Loss:
     "Covariance of what keys lost, at their anchors: `directions.mT @ directions + rest * identity`."
@@ -645,12 +707,16 @@ class Loss:
         lost:Tensor, # Covariance of what keys lost, at their anchors `[B, H, D, D]`
         queries:Tensor, # Second moment of queries at anchors `[B, H, D, D]`
         rank:int=LOSS_RANK,
+        kernel:bool=False, # Ask `Coded.kernel`
     ):
         "Leading directions in the metric of the queries, the rest spread evenly."
         D, trace = lost.shape[-1], queries.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(1e-20)
-        L = torch.linalg.cholesky_ex(queries + 1e-4 * trace / D * torch.eye(D, device=lost.device))[0]
-        w, V = decorrelate(L.mT @ lost @ L, min(rank + 8, D))
-        directions = (torch.linalg.solve_triangular(L.mT, V[..., :rank], upper=True) * w[..., None, :rank].sqrt()).mT
+        metric = queries.clone()
+        metric.diagonal(dim1=-2, dim2=-1).add_(1e-4 / D * trace[..., 0])
+        inverse = inverse_factor(metric, kernel)
+        L = metric @ inverse.mT
+        w, V = decorrelate(L.mT @ lost @ L, min(rank + 8, D), kernel=kernel)
+        directions = (V[..., :rank] * w[..., None, :rank].sqrt()).mT @ inverse
         left = ((lost - directions.mT @ directions) * queries).sum((-2, -1), keepdim=True) / trace
         return cls(directions.half(), left.clamp_min(0))
 
@@ -728,7 +794,7 @@ class Segment:
             for n, t in (vars(o).items() if o is not None else ()):
                 if isinstance(t, Tensor): setattr(o, n, f(t))
 
-# %% ../nbs/02b_spectral.ipynb #1a0dfe13
+# %% ../nbs/02b_spectral.ipynb #17f40881
 class SpectralStore:
     "Cold tokens of one layer under spectral coding: segments of pages."
     page = PAGE
@@ -763,10 +829,7 @@ class SpectralStore:
         angles:tuple[Tensor, Tensor]|None=None, # From `anchor_angles`
     ):
         "Begin a segment with these tokens, as `plan` said."
-        m, self.measured, self.drifted = self.measured, None, 0
-        turned = *(angles or anchor_angles(len(self), key_states.shape[2], self.table, key_states.device)), self.table.interleaved
-        coded = [Coded.fit(s, x, m.weight, m.sensitivity.share, l, q, t is None, t, self.config.kernel != "torch") for s, x, l, q, t in zip(m.spectra, (key_states, value_states), m.layouts, m.quantizers, (turned, None))]
-        self.segments.append(Segment(*coded, m.loss, m.scaling or 1., m.limits))
+        start_together([self], [(key_states, value_states)], angles)
 
     def append(self,
         key_states:Tensor, # **post-RoPE** `[B, H, n * page, D]`
@@ -834,7 +897,7 @@ class SpectralStore:
             n -= len(s); kept.append(s)
         self.segments = kept
 
-# %% ../nbs/02b_spectral.ipynb #2afd6a0e
+# %% ../nbs/02b_spectral.ipynb #2360dc9f
 @torch.no_grad()
 def measure_together(
     stores:list[SpectralStore], # With as many tokens
@@ -847,47 +910,58 @@ def measure_together(
     groups = defaultdict(list)
     for i, (o, s, (k, v)) in enumerate(zip(stores, samples, states)): groups[k.shape, v.shape, k.dtype, k.device, id(o.table), None if s is None else (s.queries.shape, s.slots.shape, s.scaling, s.softcap)].append(i)
     for (shape, *_, device, _, _), members in groups.items():
-        first = samples[members[0]]
+        first, ask = samples[members[0]], Coded.kernel if stores[0].config.kernel != "torch" else None
+        if first is not None and ask and ask.attends(states[members[0]][0]): first = None # without probabilities
         rows = shape[0] * shape[2] * (shape[1] * shape[3] if first is None else first.queries.shape[1] * first.queries.shape[2])
-        step = max(1, most_numbers(device, 2 ** (25 if shape[2] >= 8192 else 23), 2 ** 20) // rows) # short prompts: more layers at once would take more memory than the prefill did
+        step = max(1, most_numbers(device, 2 ** (25 if shape[2] >= LONG else 23), 2 ** 20) // rows) # short prompts: more layers at once would take more memory than the prefill did
         for at in range(0, len(members), step): _measure(*([o[i] for i in members[at:at + step]] for o in (stores, samples, states, weights)), angles)
 
 def _measure(stores, samples, states, weights, angles):
     "All of these at once: layers as rows of a batch."
     join = lambda x: x[0] if len(x) == 1 else torch.cat(x)
-    weight, start, table = (join(weights)[..., None] > 0).float(), len(stores[0]), stores[0].table
-    n, B = weight.shape[2], len(weights[0])
+    weight, start, table, kernel = (join(weights)[..., None] > 0).float(), len(stores[0]), stores[0].table, stores[0].config.kernel != "torch"
+    n, (B, H, _, _), first = weight.shape[2], states[0][0].shape, samples[0]
     stride = max(1, n // FIT_TOKENS)
-    keys, values = (join([pair[i][:, :, :n:stride] for pair in states]) for i in range(2))
-    kind, keys, values = keys.dtype, to_anchor(keys, start, table, stride=stride, angles=angles and tuple(o[::stride] for o in angles)), values.float()
-    first = samples[0]
+    fine = max(1, -(-n // stride) // STEP_TOKENS)
+    angles = angles or anchor_angles(start, n, table, weight.device)
+    def moments_of(i):
+        xs = [pair[i] for pair in states]
+        def by_torch():
+            x = join([x[:, :, :n:stride] for x in xs])
+            y = x.float() if i else to_anchor(x, start, table, stride=stride, angles=tuple(o[::stride] for o in angles))
+            return *moments(y, weight[:, :, ::stride]), y[:, :, ::fine].to(x.dtype, copy=True)
+        return (Coded.kernel.states(xs, weight, stride, fine, None if i else (*angles, table.interleaved), by_torch) if kernel and Coded.kernel is not None else None) or by_torch()
     if first is None:
-        eye = lambda x: torch.eye(x.shape[-1], device=x.device).expand(*x.shape[:2], -1, -1)
-        s = Sensitivity(eye(keys), eye(values), (weight / weight.sum(2, keepdim=True).clamp_min(1)).expand(*keys.shape[:2], -1, -1), eye(keys))
+        eye, even = lambda x: torch.eye(x.shape[-1], device=x.device).expand(len(weight), H, -1, -1), weight / weight.sum(2, keepdim=True).clamp_min(1)
+        s = Sensitivity(*map(eye, states[0]), even.expand(-1, H, -1, -1), eye(states[0][0]))
     else:
         row = lambda x, dims: x if x.ndim == dims else x.expand(B, *x.shape) # what belongs to a layer, for each row of its batch
         sample = Sample(join([o.queries for o in samples]), join([row(o.slots, 2) for o in samples]), join([row(o.gram() if callable(o.gram) else o.gram, 4) for o in samples]), first.scaling, first.softcap)
-        s = sensitivity(sample, *map(list, zip(*states)), weight, start, table, kernel=stores[0].config.kernel != "torch")
-    found, fine = [moments(x, weight[:, :, ::stride]) for x in (keys, values)], max(1, keys.shape[2] // STEP_TOKENS)
-    held = tuple(x[:, :, ::fine].to(kind, copy=True) for x in (keys, values))
+        s = sensitivity(sample, *map(list, zip(*states)), weight, start, table, kernel=kernel)
+    found = [moments_of(i) for i in range(2)]
     for i, o in enumerate(stores):
         at = lambda x: x[i * B:i * B + B]
-        o.measured = Measured(None if samples[i] is None else samples[i].scaling, samples[i] is None or samples[i].softcap is not None, at(weight), Sensitivity(*map(at, vars(s).values())), [tuple(map(at, m)) for m in found], tuple(map(at, held)), stride * fine)
+        o.measured = Measured(None if samples[i] is None else samples[i].scaling, samples[i] is None or samples[i].softcap is not None, at(weight), Sensitivity(*map(at, vars(s).values())), [tuple(map(at, m[:2])) for m in found], tuple(at(m[2]) for m in found), stride * fine)
 
-# %% ../nbs/02b_spectral.ipynb #5f1d2346
+# %% ../nbs/02b_spectral.ipynb #ae37d77a
 @torch.no_grad()
 def fit_bases(
     stores:list[SpectralStore], # All measured
     weights:list[tuple[float, float]]|None=None, # What each layer's key and value errors cost at the model's output
+    meanwhile=lambda: None, # Called before the device is waited for
 ) -> list[Pool]: # Keys and values of each layer in turn
-    "Bases of new segments, and what `allocate` needs to give them bits."
+    "Bases of new segments, and what `allocate` needs to give them bits. Waits for the device, once for all layers."
     jobs = [(*found, metric) for o in stores for found, metric in zip(o.measured.moments, (o.measured.sensitivity.keys, o.measured.sensitivity.values))]
-    spectra = [Spectrum(*o) for o in together(lambda *a: vars(spectrum(*a)).values(), *zip(*jobs), gpu=2 ** 22)] # some ten temporary matrices of each
+    kernel = stores[0].config.kernel != "torch"
+    spectra = [Spectrum(*o) for o in together(lambda *a: vars(spectrum(*a, kernel=kernel)).values(), *zip(*jobs), gpu=2 ** (23 if stores[0].measured.weight.shape[2] >= LONG else 22))] # some ten temporary matrices of each
     for i, o in enumerate(stores):
         o.measured.spectra = spectra[2 * i], spectra[2 * i + 1]
         o.measured.moments = o.measured.sensitivity.keys = o.measured.sensitivity.values = None # served, and as large as short prompts
     first = spectra[0].variance.device
-    variance = torch.cat([s.variance.mean((0, 1)).to(first) for s in spectra]).cpu().split([s.variance.shape[-1] for s in spectra])
+    variance = [o[0] for o in together(lambda v: [v.mean(1)], [s.variance for s in spectra])]
+    variance = torch.cat([v.mean(0).to(first) if len(v) > 1 else v[0].to(first) for v in variance])
+    meanwhile()
+    variance = variance.cpu().split([s.variance.shape[-1] for s in spectra])
     weights = [w for pair in weights for w in pair] if weights else [1.] * len(spectra)
     return [Pool(v, w, s.mean.shape[0] * s.mean.shape[1], stores[i // 2].measured.weight.shape[2], i // 2, 1 if i % 2 else 8 * KEY_BYTES // GROUP) for i, (v, w, s) in enumerate(zip(variance, weights, spectra))]
 
@@ -897,8 +971,9 @@ def plan(
     layouts:list[Layout], # From `allocate`
 ):
     "Steps, quantizers and lost variance of new segments."
-    bits = torch.cat([l.components(s.variance.shape[-1]) for l, s in zip(layouts, [s for o in stores for s in o.measured.spectra])])
-    jobs, at = [], 0
+    bits = np.concatenate([np.repeat(l.bits + (0,) * (s.variance.shape[-1] // GROUP - len(l.bits)), GROUP) for l, s in zip(layouts, [s for o in stores for s in o.measured.spectra])])
+    bits, long = torch.from_numpy(bits), stores[0].measured.weight.shape[2] >= LONG
+    jobs, at, kernel = [], 0, stores[0].config.kernel != "torch"
     for o in stores:
         m, bits = o.measured, bits.to(o.measured.weight.device)
         for x, s in zip(m.states, m.spectra):
@@ -906,13 +981,29 @@ def plan(
             jobs.append((x, m.weight[:, :, ::m.stride], s.variance, s.analysis, s.synthesis, s.mean, bits[at:at + D].expand(len(x), -1)))
             at += D
         m.states = None
-    quantizers = [Quantizer(*o) for o in together(lambda x, w, *a: vars(Quantizer.fit(x.float(), w, Spectrum(*a[:4]), a[4], stores[0].config.kernel != "torch")).values(), *zip(*jobs))]
+    quantizers = [Quantizer(*o) for o in together(lambda x, w, *a: vars(Quantizer.fit(x.float(), w, Spectrum(*a[:4]), a[4], kernel)).values(), *zip(*jobs), gpu=2 ** (24 if long else 23))]
     error, spread = (torch.stack([getattr(q, n).to(bits.device) for q in quantizers]).mean(-1) for n in ("error", "spread"))
     limits = (stores[0].config.drift * error + .05 * spread).view(-1, 2)
     for i, o in enumerate(stores): o.measured.quantizers, o.measured.layouts, o.measured.limits = quantizers[2 * i:2 * i + 2], layouts[2 * i:2 * i + 2], limits[i]
     soft = [o.measured for o in stores if not o.measured.hard]
     if soft:
-        for m, loss in zip(soft, together(lambda *a: vars(Loss.fit(*a)).values(), [m.quantizers[0].lost for m in soft], [m.sensitivity.queries for m in soft])): m.loss = Loss(*(t.clone() for t in loss))
+        found = joined([[t] for pair in together(lambda *a: vars(Loss.fit(*a, kernel=kernel)).values(), [m.quantizers[0].lost for m in soft], [m.sensitivity.queries for m in soft]) for t in pair], kernel)
+        for m, *loss in zip(soft, found[::2], found[1::2]): m.loss = Loss(*loss)
+
+@torch.no_grad()
+def start_together(
+    stores:list[SpectralStore], # Planned
+    states:list[tuple[Tensor, Tensor]], # Keys **post-RoPE** `[B, H, n, D]`, as measured, and values of each, of the same shapes
+    angles:tuple[Tensor, Tensor]|None=None, # From `anchor_angles`
+):
+    "Begin segments of several layers with these tokens, as `plan` said."
+    first, found, keys = stores[0], [o.measured for o in stores], states[0][0]
+    turned = *(angles or anchor_angles(len(first), keys.shape[2], first.table, keys.device)), first.table.interleaved
+    share, kernel = [m.sensitivity.share for m in found], first.config.kernel != "torch"
+    keys, values = (Coded.fit_together([s[i] for s in states], share, *zip(*((m.layouts[i], m.quantizers[i]) for m in found)), i == 1, (turned, None)[i], kernel) for i in range(2))
+    for o, m, *coded in zip(stores, found, keys, values):
+        o.measured, o.drifted = None, 0
+        o.segments.append(Segment(*coded, m.loss, m.scaling or 1., m.limits))
 
 def settle(
     stores:list[SpectralStore], # With new segments
@@ -921,7 +1012,7 @@ def settle(
     last = [o.segments[-1] for o in stores]
     for s, limits in zip(last, torch.stack([s.limits for s in last]).tolist()): s.limits = tuple(limits)
 
-# %% ../nbs/02b_spectral.ipynb #ea65d5c4
+# %% ../nbs/02b_spectral.ipynb #83859fc1
 @torch.no_grad()
 def code_pages(
     stores:list[SpectralStore], # With as many tokens, and bases of one shape but for ranks
@@ -944,12 +1035,14 @@ def add_pages(
     errors:Tensor, # `[len(stores), 2]`
 ):
     "Add coded pages, and notice where bases no longer fit. Waits for the device, once for all layers."
-    errors = errors.tolist()
+    errors, last = errors.tolist(), [o.segments[-1] for o in stores]
     if not np.isfinite(errors).all(): raise not_finite(len(stores[0]))
-    for o, new, pair in zip(stores, pages, errors):
-        last = o.segments[-1]
-        for c, p in zip((last.keys, last.values), new): c.codes = torch.cat([c.codes, p], 2)
-        o.drifted = o.drifted + 1 if any(e > limit for e, limit in zip(pair, last.limits)) else 0
+    for o, s, pair in zip(stores, last, errors): o.drifted = o.drifted + 1 if any(e > limit for e, limit in zip(pair, s.limits)) else 0
+    coded, new = [c for s in last for c in (s.keys, s.values)], [p for pair in pages for p in pair]
+    step = max(1, ADD_BYTES // max(1, coded[0].codes.nbytes))
+    for at in range(0, len(coded), step):
+        part = slice(at, at + step)
+        for c, grown in zip(coded[part], joined([[c.codes, p] for c, p in zip(coded[part], new[part])], stores[0].config.kernel != "torch")): c.codes = grown
 
 def not_finite(
     start:int, # First token that they may be of

@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernel_cases import CASES, case
 from spectral_nb import encode_kernels, kernels
-from spectral_nb.spectral import analysis_together, anchor_angles
+from spectral_nb.spectral import anchor_angles
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -41,22 +41,23 @@ class Compiled:
 
 
 for name in ("prepare", "decode", "decode_gemv", "merge"): setattr(kernels, name, Compiled(getattr(kernels, name)))
-for name in ("encode", "query_feels", "query_moments", "try_steps"): setattr(encode_kernels, name, Compiled(getattr(encode_kernels, name)))
+for name in ("encode", "query_attends", "query_shares", "query_feels", "state_moments", "query_moments", "try_steps", "copy_rows", "invert_factor", "invert_bases"): setattr(encode_kernels, name, Compiled(getattr(encode_kernels, name)))
 encoder = encode_kernels.Encoder()
-encoder.measures, encoder.run = lambda x: x.shape[-1] <= 128 and Compiled.arch > 75, lambda x, kind, by_kernel, *_: by_kernel()
+encoder.here, encoder.measures, encoder.run = lambda x: True, lambda x: x.shape[-1] <= 128 and Compiled.arch > 75, lambda x, kind, by_kernel, *_: by_kernel()
 for name in sys.argv[2:] or CASES:
     for arch, tuning in ((75, kernels.T4), (80, kernels.Tuning()), (90, kernels.Tuning()), (90, kernels.Tuning(pdl=True))):
         layer, q, k, v, mask, softcap = case(**CASES[name])
         if arch == 75 and (q.dtype == torch.bfloat16 or q.shape[-1] > 128): continue # no such type there; refused by `unsupported` and `Encoder.can`
-        Compiled.arch, Compiled.case, store = arch, name, layer.cold
+        Compiled.arch, Compiled.case, store, encode_kernels.tuning_for = arch, name, layer.cold, lambda device: tuning
         cos, sin = anchor_angles(0, len(store), store.table, q.device)
         for c, x, turned in ((store.segments[-1].keys, store.key_states(), encode_kernels.factors((cos, sin, store.table.interleaved), q.shape[-1])), (store.segments[-1].values, store.value_states(), None)):
-            x = x.to(torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16 if name != "group1" else torch.float32)[:, :, None]
-            basis, scale, _, analysis = analysis_together([c])
-            for offset in (None, c.offset): encode_kernels.launch(x, (c.layout,), analysis, scale.mT, basis, scale, offset, c.by_byte, None if mask is None else torch.ones(len(q), 1, 1, x.shape[3], 1), turned, arch == 75)
+            x = x.to(torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16 if name != "group1" else torch.float32)
+            for offset in (None, c.offset): encode_kernels.launch([x], (c.layout,), *encode_kernels.pseudo_inverses([c], c.offset[:, :, None]), [c.basis], [c.scale], offset, c.by_byte, None if mask is None else [torch.ones(len(q), 1, x.shape[2], 1)], turned, arch == 75)
+        encoder.joined([[c.codes, c.codes] for c in (store.segments[-1].keys, store.segments[-1].values)], 0, None)
+        encoder.inverse_factor(torch.eye(q.shape[-1]).expand(2, -1, -1), None)
         encoder.moments(q.expand(-1, -1, 64, -1), torch.ones(*q.shape[:2], 64, 2), (cos[::128][:2], sin[::128][:2], store.table.interleaved), None)
-        a, v, G, o, own, w = (torch.ones(2, 2, *s, dtype=kind) for s, kind in (((256, 600), x.dtype), ((256, q.shape[-1]), x.dtype), ((4, q.shape[-1], q.shape[-1]), torch.float32), ((4, 64, q.shape[-1]), torch.float32), ((4, 64), torch.float32), ((256, 1), torch.float32)))
-        encoder.feelings(a, v, G, o, own, w[:, :1], 1, None)
+        v, G, o, own, w = (torch.ones(2, 2, *s, dtype=kind) for s, kind in (((256, q.shape[-1]), x.dtype), ((4, q.shape[-1], q.shape[-1]), torch.float32), ((4, 64, q.shape[-1]), torch.float32), ((4, 64), torch.float32), ((256, 1), torch.float32)))
+        if encoder.measures(v): seen = encoder.Seen(v, [v], torch.ones(2, 64, dtype=torch.long), 0, softcap); encoder.feelings(seen, encoder.outputs(seen, [v], None)[1], v, G, o, own, w[:, :1], 1, None); encoder.states([v], w[:, :1], 2, 2, (*anchor_angles(0, 256, store.table, q.device), store.table.interleaved), None)
         encoder.steps(*(torch.ones(2, 2, n, d) for n, d in ((512, q.shape[-1]), (512, 1), (1, q.shape[-1]), (1, q.shape[-1]))), torch.ones(8), None)
         kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, tuning)
 for r in Compiled.rows:

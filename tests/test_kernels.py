@@ -48,13 +48,13 @@ def test_a_wrong_encoding_kernel_is_never_used(monkeypatch, fault):
         for _ in range(130): want.append(*(t[:, :, :1] for t in want.hot.states()))
     def launch(x, layouts, analysis, bias, basis, scale, offset, *args, **kw):
         if fault == "launch": raise RuntimeError("no such instruction")
-        B, H, N, n, D = x.shape
+        (B, H, n, D), N = x[0].shape, len(x)
         shape = B, H, n // 128, -(-layouts[0].nbytes // 4) * 4 * 128
         pages = torch.randint(0, 256, shape, dtype=torch.uint8) if fault == "codes" else torch.zeros(shape, dtype=torch.uint8)
         return [pages], torch.ones(B, H, N, n // 128, *(() if offset is not None else (D,)))
     encoder = encode_kernels.Encoder()
     monkeypatch.setattr(encode_kernels, "launch", launch)
-    monkeypatch.setattr(encoder, "can", lambda x, layout: x.device not in encoder.failed)
+    monkeypatch.setattr(encoder, "can", lambda x, layouts: x.device not in encoder.failed)
     monkeypatch.setattr(Coded, "kernel", encoder)
     with pytest.warns(UserWarning, match="encoding kernel failed.*by PyTorch") as said:
         got, *_ = case(T=500)

@@ -23,7 +23,7 @@ if SMALL: SHAPE |= dict(vocab_size=1000, hidden_size=512, intermediate_size=1024
 STAGES = [(cache.SpectralCache, "fit", "all of the encoding"), (attention, "sample_queries", "sample queries"), (attention, "output_gram", "  Gram of o_proj"), (cache, "check_finite", "finite?"),
           (spectral, "sensitivity", "sensitivity"), (cache, "measure_together", "  with turned sample"), (cache, "fit_bases", "bases (decorrelate)"),
           (spectral, "decorrelate", "  decorrelate alone"), (cache, "allocate", "allocate (CPU)"), (cache, "plan", "steps, quantizers, loss"),
-          (spectral, "best_step", "  step search alone"), (spectral.SpectralStore, "start", "code all tokens"), (spectral, "to_anchor", "  turn keys"),
+          (spectral, "best_step", "  step search alone"), (cache, "start_together", "code all tokens"), (spectral, "to_anchor", "  turn keys"),
           (spectral.Layout, "pack", "  pack"), (encode_kernels, "launch", "  encoding kernel"), (cache, "to_int8", "hot tokens to int8"), (cache, "settle", "read limits")]
 
 

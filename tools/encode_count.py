@@ -76,7 +76,9 @@ class Counter(TorchDispatchMode):
 
 class Launches(encode_kernels.Encoder):
     "The kernels, believed; a launch counts as one operation that reads its inputs and writes its results."
-    def can(self, x, layout): return layout.rank > 0
+    def can(self, x, layouts): return any(l.rank for l in layouts)
+
+    def here(self, x): return True
 
     def measures(self, x): return True
 
@@ -100,15 +102,19 @@ def unread():
     "What a GPU would do otherwise: its choices of dtypes and sizes, and reads of the device, which have no answer here."
     encode_kernels.encode, cache.HotTier.write = Kernel("encode", lambda args, kw: 3 * 2 * args[0].numel() * kw["D"]), lambda tier, *new: True # a launch each
     encode_kernels.query_moments, encode_kernels.try_steps = Kernel("query_moments", lambda args, kw: 2 * 2 * args[4].numel() * kw["D"] ** 2), Kernel("try_steps", lambda args, kw: 0)
-    encode_kernels.query_feels = Kernel("query_feels", lambda args, kw: 2 * args[6].numel() * spectral.PAGE * kw["D"] * 2)
-    FakeTensor.is_cuda = property(lambda self: True)
-    spectral.most_numbers = lambda device, gpu, cpu: gpu
+    encode_kernels.query_attends, encode_kernels.query_shares = Kernel("query_attends", lambda args, kw: 4 * args[5].numel() * args[18]), Kernel("query_shares", lambda args, kw: 2 * args[0].numel() * args[15])
+    encode_kernels.state_moments = Kernel("state_moments", lambda args, kw: 2 * args[7].numel() // 8 * args[14])
+    encode_kernels.query_feels = Kernel("query_feels", lambda args, kw: 2 * args[10].numel() * spectral.PAGE * kw["D"] * 3)
+    encode_kernels.copy_rows, encode_kernels.invert_bases = Kernel("copy_rows", lambda args, kw: 0), Kernel("invert_bases", lambda args, kw: 3 * args[5].numel() * kw["RP"])
+    encode_kernels.invert_factor = Kernel("invert_factor", lambda args, kw: args[0].numel() * kw["D"])
+    FakeTensor.is_cuda, FakeTensor.data_ptr = property(lambda self: True), lambda self: 0
+    spectral.most_numbers = cache.most_numbers = lambda device, gpu, cpu: gpu
     spectral.Coded.kernel = Launches() if "--torch" not in sys.argv else None
     cache.allocate, cache.check_finite = given, lambda layer, most: None
     cache.settle = lambda stores: [setattr(o.segments[-1], "limits", (1e9, 1e9)) for o in stores]
     def add_pages(stores, pages, errors):
-        for o, new in zip(stores, pages):
-            for c, p in zip((o.segments[-1].keys, o.segments[-1].values), new): c.codes = torch.cat([c.codes, p], 2)
+        grown = spectral.joined([[c.codes, p] for o, new in zip(stores, pages) for c, p in zip((o.segments[-1].keys, o.segments[-1].values), new)])
+        for o, *new in zip(stores, grown[::2], grown[1::2]): o.segments[-1].keys.codes, o.segments[-1].values.codes = new
     cache.add_pages = spectral.add_pages = add_pages
     class Stand(SimpleNamespace): # a subclass of Tensor cannot be made of such tensors
         def __init__(self, layer, like, length): super().__init__(layer=layer, shape=(*like.shape[:2], length, like.shape[3]))
