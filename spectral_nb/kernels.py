@@ -110,7 +110,7 @@ def constant(f): return f if triton is None else triton.constexpr_function(f)
 @constant
 def _at(xs, i): return xs[i]
 
-# %% ../nbs/05_kernels.ipynb #8e44d91b
+# %% ../nbs/05_kernels.ipynb #70a60ad6
 @jit
 def _shift(x, ASM: tl.constexpr):
     if ASM: return tl.inline_asm_elementwise("shr.b32 $0, $1, 4;", "=r,r", [x], dtype=tl.int8, is_pure=True, pack=4)
@@ -120,6 +120,20 @@ def _shift(x, ASM: tl.constexpr):
 def _and(x, m, ASM: tl.constexpr):
     if ASM: return tl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [x, m], dtype=tl.int8, is_pure=True, pack=4)
     else: return x & m
+
+@jit
+def _half(x, ASM: tl.constexpr):
+    "Signed bytes as float16, exactly: bytes of 1024 + 128 + x, less that. The unit that converts is slow."
+    if ASM: return tl.inline_asm_elementwise("""{
+        .reg .b32 t, c;
+        xor.b32 t, $2, 0x80808080;
+        mov.b32 c, 0x64806480;
+        prmt.b32 $0, t, 0x64646464, 0x4140;
+        prmt.b32 $1, t, 0x64646464, 0x4342;
+        sub.f16x2 $0, $0, c;
+        sub.f16x2 $1, $1, c;
+        }""", "=&r,=&r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
+    else: return x.to(tl.float16)
 
 @jit
 def _dp4a(a, b, c, ASM: tl.constexpr):
@@ -149,7 +163,7 @@ def _queries(Q, rows, ia, ib, ok, D: tl.constexpr):
     b = tl.load(Q + rows[:, None] * D + ib[None, :], mask=ok, other=0).to(tl.float32)
     return a, b, tl.sum(a * a + b * b, 1)
 
-# %% ../nbs/05_kernels.ipynb #90bd1508
+# %% ../nbs/05_kernels.ipynb #496bc080
 @jit
 def _angles(TAB, page, d, inside, D: tl.constexpr):
     "Cosines and sines of pages."
@@ -165,7 +179,7 @@ def _bytes(q, R: tl.constexpr):
 
 @jit
 def _project(Q, TAB, PAIR, BASIS, SCALE, CI, CF, RMAX, QT, QS, first, last, part, bh, pages, rank, scaling,
-             G: tl.constexpr, G2: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, NO: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, HALVES: tl.constexpr):
+             G: tl.constexpr, G2: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, NO: tl.constexpr, R: tl.constexpr, NT: tl.constexpr, HALVES: tl.constexpr, ASM: tl.constexpr):
     "Queries turned back to the anchors of pages, times NT tiles of a basis: 16-bit integers as two bytes."
     r, d, k, c = tl.arange(0, R), tl.arange(0, D2), tl.arange(0, 2 * D2), tl.arange(0, 32)
     ok = d < D // 2
@@ -180,22 +194,23 @@ def _project(Q, TAB, PAIR, BASIS, SCALE, CI, CF, RMAX, QT, QS, first, last, part
         scales = scales + (tl.load(CF + column) * tl.load(SCALE + bh * rank + comp) * (32512. / rmax),)
         w = tl.zeros([2 * D2, 32], tl.float16)
         for once in range(0, tl.minimum(pages, 1)): # so that Triton lays out the products as float16: seen from outside, 8 bits come in
-            w = tl.load(BASIS + (bh * rank + comp)[None, :] * D + row[:, None], mask=(k % D2 < D // 2)[:, None], other=0).to(tl.float16)
+            w8 = tl.load(BASIS + (bh * rank + comp)[None, :] * D + row[:, None], mask=(k % D2 < D // 2)[:, None], other=0)
+            w = _half(w8, ASM)
         tiles = tiles + (w,)
-    g = r % G2
-    live = (g < G)[:, None] & ok[None, :]
-    qa, qb, norm2 = _queries(Q, bh * G + g, ia, ib, live, D)
+    g, p = tl.arange(0, G2), tl.arange(0, R // G2)
+    qa, qb, norm2 = _queries(Q, bh * G + g, ia, ib, (g < G)[:, None] & ok[None, :], D)
     norm = tl.sqrt(norm2)
-    if (first == 0) & (part == 0): tl.store(QS + bh * G + g, norm * rmax * (scaling * 1.4426950408889634 / 32512.), mask=r < G)
+    if (first == 0) & (part == 0): tl.store(QS + bh * G + g, norm * rmax * (scaling * 1.4426950408889634 / 32512.), mask=g < G)
     inv = (1. / tl.maximum(norm, 1e-20))[:, None]
-    qa, qb = qa * inv, qb * inv
+    qa, qb = (qa * inv)[None, :, :], (qb * inv)[None, :, :]
     held = r % (R // 2) // 8 * 16 + r // (R // 2) * 8 + r % 8 # rows after `_bytes`
     b = tl.arange(0, 64)
     for block in range(first, last):
-        page = block * (R // G2) + r // G2
+        page = block * (R // G2) + p
         cos, sin = _angles(TAB, page, d, (page < pages)[:, None] & ok[None, :], D)
+        cos, sin = cos[:, None, :], sin[:, None, :]
         turned = tl.join((cos * qa + sin * qb).to(tl.float16), (cos * qb - sin * qa).to(tl.float16))
-        x = tl.reshape(tl.permute(turned, (0, 2, 1)), [R, 2 * D2])
+        x = tl.reshape(tl.permute(turned, (0, 1, 3, 2)), [R, 2 * D2])
         page, head = block * (R // G2) + held // G2, held % G2
         to = ((bh * pages + page).to(tl.int64) * (NO * N) + 2 * head) * 8
         inside = (page < pages) & (head < G)
@@ -211,7 +226,7 @@ def thread_order(
     "Columns as a thread of a tensor core holds its results: pairs of neighbours, every 8."
     return columns.unflatten(-1, (-1, 4, 4, 2)).transpose(-3, -2).flatten(-4)
 
-# %% ../nbs/05_kernels.ipynb #c2fa8794
+# %% ../nbs/05_kernels.ipynb #8fa980b9
 @jit
 def _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, block, bh, pages, scaling, loss_factor,
           G: tl.constexpr, G2: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, PB: tl.constexpr, LR: tl.constexpr, HALVES: tl.constexpr):
@@ -224,8 +239,8 @@ def _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, block, bh, pages, scaling, loss_
     for first in tl.static_range(0, G2, 4):
         g = first + n // 4
         e, size = tl.zeros([PB, 16], tl.float32), tl.zeros([16], tl.float32)
-        for at in tl.static_range(0, D2, min(64, D2)):
-            d = at + tl.arange(0, min(64, D2))
+        for at in tl.static_range(0, D2, min(32, D2)):
+            d = at + tl.arange(0, min(32, D2))
             ok = d < D // 2
             ia, ib = _halves(PAIR, d, ok, D, HALVES)
             qa, qb, norm2 = _queries(Q, bh * G + g, ia, ib, (g < G)[:, None] & ok[None, :], D)
@@ -242,10 +257,10 @@ def _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, block, bh, pages, scaling, loss_
         g4 = first + tl.arange(0, 4)
         tl.store(QB + (bh * pages + page)[:, None] * G + g4[None, :], b, mask=(page < pages)[:, None] & (g4 < G)[None, :])
 
-# %% ../nbs/05_kernels.ipynb #b7b5cad6
+# %% ../nbs/05_kernels.ipynb #32af48b0
 @jit
 def _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, part, E, bh, n_cold, mask_row, hot_row, scaling, cap2,
-         H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TE: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr):
+         H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TE: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, ASM: tl.constexpr):
     d = tl.arange(0, DP)
     g = tl.arange(0, GP)
     i = part * TE + tl.arange(0, TE)
@@ -254,8 +269,7 @@ def _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, part, E, bh, n_cold, mask_r
     q = tl.load(Q + (bh * G + g)[:, None] * D + d[None, :], mask=(g < G)[:, None] & dok[None, :], other=0).to(tl.float32)
     at = (bh * hot_row + i)[:, None] * D + d[None, :]
     inside = (i < hot)[:, None] & dok[None, :]
-    k = tl.load(HK + at, mask=inside, other=0).to(tl.float16)
-    v = tl.load(HV + at, mask=inside, other=0).to(tl.float16)
+    k, v = _half(tl.load(HK + at, mask=inside, other=0), ASM), _half(tl.load(HV + at, mask=inside, other=0), ASM)
     ks = tl.load(HKS + bh * hot_row + i, mask=i < hot, other=0).to(tl.float32)
     vs = tl.load(HVS + bh * hot_row + i, mask=i < hot, other=0).to(tl.float32)
     norm = tl.sqrt(tl.sum(q * q, 1))
@@ -302,12 +316,12 @@ def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, part, E, bh, n_cold, L, m
         tl.store(LE + o, tl.sum(p, 1), mask=g < G)
         tl.store(AE + o[:, None] * D + d[None, :], tl.sum(p[:, :, None] * v[None, :, :], 1), mask=(g < G)[:, None] & dok[None, :])
 
-# %% ../nbs/05_kernels.ipynb #09d9b7ee
+# %% ../nbs/05_kernels.ipynb #c4b8ed22
 @jit
 def prepare(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QS, QB, HK, HV, HKS, HVS, LK, LV, LSLOT, NK, NV, MASK, LEN, ME, LE, AE,
             hots:int, marks:int, E:int, pages:int, blocks:int, parts:int, rank:int, n_cold:int, L:int, mask_row:int, hot_row:int, scaling, loss_factor, cap2,
             H: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, GB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, D2: tl.constexpr, NO: tl.constexpr,
-            R: tl.constexpr, NT: tl.constexpr, PB: tl.constexpr, LR: tl.constexpr, TE: tl.constexpr, TM: tl.constexpr, HALVES: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr):
+            R: tl.constexpr, NT: tl.constexpr, PB: tl.constexpr, LR: tl.constexpr, TE: tl.constexpr, TM: tl.constexpr, HALVES: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr):
     "All that a query does besides reading codes: landmarks and the new token, hot tokens, biases of the pages, projections at each page."
     if PDL: tl.extra.cuda.gdc_launch_dependents()
     bh = tl.program_id(0)
@@ -317,13 +331,13 @@ def prepare(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QS
     if pid < marks:
         _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, hots, E, bh, n_cold, L, mask_row, scaling, cap2, H, G, GB, D, DP, TM, MASKED, CAP)
     elif pid < exact:
-        _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, pid - marks, E, bh, n_cold, mask_row, hot_row, scaling, cap2, H, G, GP, D, DP, TE, MASKED, CAP)
+        _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, pid - marks, E, bh, n_cold, mask_row, hot_row, scaling, cap2, H, G, GP, D, DP, TE, MASKED, CAP, ASM)
     elif pid < exact + biases: _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, pid - exact, bh, pages, scaling, loss_factor, G, G2, D, D2, PB, LR, HALVES)
     else:
         pid -= exact + biases
         first = pid // parts * blocks
         last = tl.minimum(first + blocks, tl.cdiv(pages, R // G2))
-        _project(Q, TAB, PAIR, BASIS, SCALE, CI, CF, RMAX, QT, QS, first, last, pid % parts, bh, pages, rank, scaling, G, G2, N, D, D2, NO, R, NT, HALVES)
+        _project(Q, TAB, PAIR, BASIS, SCALE, CI, CF, RMAX, QT, QS, first, last, pid % parts, bh, pages, rank, scaling, G, G2, N, D, D2, NO, R, NT, HALVES, ASM)
 
 # %% ../nbs/05_kernels.ipynb #be9fb1ae
 @jit
@@ -345,7 +359,7 @@ def _write(K, V, HK, HV, HKS, HVS, AT, hot_row:int, D: tl.constexpr, DP: tl.cons
         tl.store(HV + to * D + d, q, mask=ok)
         tl.store(HVS + to, scale)
 
-# %% ../nbs/05_kernels.ipynb #59cdb69d
+# %% ../nbs/05_kernels.ipynb #29ce60a4
 @jit
 def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_split:int, marked:int, first_page:int, L:int, mask_row:int, cap2,
            H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, KSUB: tl.constexpr, VSUB: tl.constexpr, KOFF: tl.constexpr, VOFF: tl.constexpr, KAT: tl.constexpr, VROW: tl.constexpr, NO: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, VSTEPS: tl.constexpr,
@@ -399,7 +413,7 @@ def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_s
         if first_page + page < marked:
             for l in range(L): sc = tl.where((slot != tl.load(LSLOT + b * L + l))[:, None], sc, -1e30)
         mt = tl.maximum(tl.max(sc, 0), -1e29)
-        p16 = (tl.math.exp2(sc - mt[None, :]) * 32512. + .5).to(tl.int32)
+        p16 = (tl.math.exp2(sc - mt[None, :]) * 32512. + 12582912.).to(tl.int32, bitcast=True) - 1262485504 # rounded, as in `_project`
         m_new = tl.maximum(m_run, mt)
         alpha = tl.math.exp2(m_run - m_new)
         beta = tl.math.exp2(mt - m_new) * (1. / 32512.)
@@ -510,10 +524,10 @@ def decode_gemv(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, 
         tl.store(LO + o + one, l_run[j])
         for i in tl.static_range(VSTEPS): tl.store(AO + (o * VSTEPS + i) * 16 + r16, acc[j * VSTEPS + i])
 
-# %% ../nbs/05_kernels.ipynb #ad1de49b
+# %% ../nbs/05_kernels.ipynb #2389ef41
 @jit
 def merge(MO, LO, AO, ME, LE, AE, BASIS, SCALE, CI, CF, OFFSET, OUT, S:int, have:int, E:int, rank:int,
-          G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, VC: tl.constexpr, VCP: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, SB: tl.constexpr, FINAL: tl.constexpr, PDL: tl.constexpr):
+          G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, VC: tl.constexpr, VCP: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, SB: tl.constexpr, FINAL: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr):
     "Sum the parts and turn coefficients of values into DB dimensions of values; unless final, that is one more exact part."
     row = tl.program_id(0)
     bh, g = row // G, row % G
@@ -539,7 +553,7 @@ def merge(MO, LO, AO, ME, LE, AE, BASIS, SCALE, CI, CF, OFFSET, OUT, S:int, have
         a = tl.load(AO + ((bh * S + at) * G + g)[:, None] * VC + c[None, :], mask=(at < S)[:, None] & (c < VC)[None, :], other=0)
         sums += a * w[:, None]
     coef = tl.sum(sums, 0)
-    out = off * total + tl.sum(rows.to(tl.float32) * (coef * cs)[:, None], 0)
+    out = off * total + tl.sum(_half(rows, ASM).to(tl.float32) * (coef * cs)[:, None], 0)
     if FINAL:
         we = tl.math.exp2(me - top)
         out += tl.sum(ve * we[:, None], 0)
@@ -644,7 +658,7 @@ class Scratch:
 
 scratch = Scratch()
 
-# %% ../nbs/05_kernels.ipynb #b39133df
+# %% ../nbs/05_kernels.ipynb #48555d56
 @dataclass(frozen=True)
 class Tuning:
     "Sizes of programs. The defaults were chosen on an H100; `tools/tune_kernels.py` measures them all."
@@ -656,6 +670,7 @@ class Tuning:
     pages:int=64 # Whose biases a program of `prepare` makes
     projections:int=1056 # Programs of `prepare`, about
     prepare_warps:int=4
+    prepare_registers:int|None=None # Of a thread, where head_dim is at most 128 and a group has at most 8 heads: 128 let four programs run on a multiprocessor
     hot:int=64 # Tokens of the hot window in a program
     merge_warps:int=8 # Where `merge` has few programs, else half as many, for half as large a tile
     parts:int=64 # Of a tile of `merge`
@@ -675,7 +690,7 @@ def tuning_for(
 ) -> Tuning:
     "Variant for a device, by its compute capability."
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0): return T4
-    return Tuning()
+    return Tuning(prepare_registers=128 if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) else None)
 
 # %% ../nbs/05_kernels.ipynb #a70b6bf1
 def _power(n): return 1 << max(0, n - 1).bit_length()
@@ -827,7 +842,7 @@ def aligned(
     if not x.is_contiguous(): x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
-# %% ../nbs/05_kernels.ipynb #6c3046cd
+# %% ../nbs/05_kernels.ipynb #d0d5f830
 def plan_launches(
     layer:SpectralLayer,
     step:dict[str, Tensor], # query, key, value, out, mask, length
@@ -875,7 +890,7 @@ def plan_launches(
             q, table[first:], pairs, s.keys.basis, s.keys.scale, kt.comps, kt.factors, s.keys.offset, loss, rest, s.key_norm, qt, qs, qb, hot.keys, hot.values, hot.keys_scale, hot.values_scale,
             layer.landmark_keys, layer.landmark_values, layer.landmark_slots, step["key"], step["value"], step["mask"], step["length"], me, le, ae,
             here, marks, E, pages, blocks, parts, s.keys.layout.rank, len(layer.cold), L, mask_row, room, float(scaling), factor, cap2),
-            dict(H=H, G=G, G2=G2, N=N, GP=max(16, GP), GB=1 if GP * D > 1024 else GP, DP=_power(D), NO=kt.octets, R=R, NT=NT, PB=PB, TE=t.hot, TM=_power(L + 1), **shared, **flags), num_warps=t.prepare_warps, num_stages=1)
+            dict(H=H, G=G, G2=G2, N=N, GP=max(16, GP), GB=1 if GP * D > 1024 else GP, DP=_power(D), NO=kt.octets, R=R, NT=NT, PB=PB, TE=t.hot, TM=_power(L + 1), ASM=asm, **shared, **flags), num_warps=t.prepare_warps, num_stages=1, **(dict(maxnreg=t.prepare_registers) if t.prepare_registers and D <= 128 and G <= 8 else {}))
         kc, vc, m8, q8 = s.keys.codes, s.values.codes, kt.masks, qt
         if t.gemv: kc, vc, m8, q8 = (x.view(torch.int32) for x in (kc, vc, m8, q8))
         else: kc, vc = kc.view(i8), vc.view(i8)
@@ -887,7 +902,7 @@ def plan_launches(
         share = 1 if BH * G * _ceil(D, t.dims) <= t.programs // 4 else 2
         add(merge, (BH * G, _ceil(D, t.dims)), (
             mo, lo, ao, me, le, ae, s.values.basis, s.values.scale, vt.comps, vt.factors, s.values.offset, step["out"], S, hots + 1 + i, E, s.values.layout.rank),
-            dict(G=G, D=D, DB=t.dims, VC=vs.count * GROUP, VCP=_power(vs.count * GROUP), SP=_power(S), EP=_power(E), SB=min(t.parts // share, _power(S)), FINAL=i == len(segments) - 1, PDL=t.pdl), num_warps=t.merge_warps // share, **after)
+            dict(G=G, D=D, DB=t.dims, VC=vs.count * GROUP, VCP=_power(vs.count * GROUP), SP=_power(S), EP=_power(E), SB=min(t.parts // share, _power(S)), FINAL=i == len(segments) - 1, PDL=t.pdl, ASM=asm), num_warps=t.merge_warps // share, **after)
         first += pages
     return out
 
