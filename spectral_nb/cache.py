@@ -7,7 +7,7 @@ __all__ = ['SCARCE_KEYS', 'LEAST', 'OUTGROWN', 'CompressedStates', 'Ledger', 'Ho
            'SpectralLayer', 'largest', 'check_finite', 'freeze_page', 'fixed_nbytes', 'tokens_to_code', 'token_weights',
            'what_stays', 'code_prompt', 'fit_layers', 'SpectralCache']
 
-# %% ../nbs/03_cache.ipynb #2cf4cd30
+# %% ../nbs/03_cache.ipynb #957a500c
 import math
 import warnings
 import weakref
@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from . import peers  # registers its stores
 from .codec import EXACT_DTYPES, STORES, SpectralConfig
 from .rope import RopeTable, rope_table
-from .spectral import LOSS_RANK, Sample, add_pages, allocate, anchor_angles, code_pages, fit_bases, joined, measure_together, most_numbers, not_finite, plan, settle, start_together
+from .spectral import LOSS_RANK, Sample, add_losses, add_pages, allocate, anchor_angles, code_pages, fit_bases, joined, measure_together, most_numbers, not_finite, plan, settle, start_together
 
 # %% ../nbs/03_cache.ipynb #7b83970b
 class CompressedStates(torch.Tensor):
@@ -614,7 +614,7 @@ def token_weights(
         if key not in made: made[key] = l.token_weight(n)
     return [made[(l.landmark_slots.shape, len(l.cold), l.device) if l.landmarks_first else id(l)] for l in layers]
 
-# %% ../nbs/03_cache.ipynb #786f106f
+# %% ../nbs/03_cache.ipynb #7f956545
 def what_stays(
     layers:list[SpectralLayer],
     n:int, # Oldest hot tokens, about to be coded
@@ -645,7 +645,7 @@ def code_prompt(
     groups = defaultdict(list)
     for l in layers: groups[l.hot.keys.shape, l.hot.values.shape].append(l)
     for ((B, H, _, D), _), members in groups.items():
-        step = max(1, most_numbers(members[0].device, 2 ** 26, 1) // (B * H * n * D))
+        step = max(1, most_numbers(members[0].device, 2 ** 28, 1) // (B * H * n * D))
         for at in range(0, len(members), step):
             part = members[at:at + step]
             states = [l.hot.states(0, n) for l in part]
@@ -657,7 +657,7 @@ def code_prompt(
                 if l.importance is not None: l.importance = l.importance[:, :, n:].clone()
                 l.cold.fitted = l.get_seq_length()
 
-# %% ../nbs/03_cache.ipynb #48ddead5
+# %% ../nbs/03_cache.ipynb #a1a37128
 @torch.no_grad()
 def fit_layers(
     layers:list[SpectralLayer], # Of one cache, with the same number of hot tokens
@@ -695,6 +695,7 @@ def fit_layers(
         else: layouts = [o for i in range(len(layers)) for o in allocate(pools[2 * i:2 * i + 2], budget / len(layers), config.floor)]
         plan(stores, layouts)
         for key, part in tables.items(): code_prompt(part, n, angles[key], recent)
+        add_losses(stores)
     settle(stores)
 
 # %% ../nbs/03_cache.ipynb #c357b653

@@ -7,7 +7,7 @@ __all__ = ['encoder', 'byte_table', 'encode', 'by_dimension', 'factors', 'addres
            'invert_bases', 'pseudo_inverses', 'copy_rows', 'query_attends', 'query_shares', 'query_feels',
            'query_moments', 'state_moments', 'try_steps', 'Seen', 'Encoder', 'agree']
 
-# %% ../nbs/05c_encode_kernels.ipynb #54f5f6e6
+# %% ../nbs/05c_encode_kernels.ipynb #5fca82e1
 import warnings
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -17,21 +17,10 @@ import torch
 from torch import Tensor
 
 from .kernels import interpreted, jit, tl, triton, tuning_for
-from .spectral import GROUP, KEY_BYTES, PAGE, Coded, Layout, Quantizer, analysis_together, code_together, joined, planes_of, stacked
+from .spectral import GROUP, KEY_BYTES, PAGE, Coded, Layout, Quantizer, analysis_together, code_together, joined, parts_of, planes_of, stacked
 
-# %% ../nbs/05c_encode_kernels.ipynb #04f25117
-@lru_cache(512)
-def _byte_table(
-    layout:Layout,
-) -> tuple[np.ndarray, np.ndarray]: # Largest codes and unit of the lower plane `[2, rank]`, places `[2, rank, nbytes]`
-    "`byte_table` of one layout."
-    below = np.array([planes_of(b)[0][1] for b in layout.bits for _ in range(GROUP)], int) # bits under the upper plane
-    at, c, shift, _, place = layout.parts().T
-    lower, places = (shift < below[c]).astype(int), np.zeros((2, layout.rank, layout.nbytes))
-    places[lower, c, at] = 2. ** (place + lower * below[c])
-    return np.stack([2. ** np.repeat(layout.bits, GROUP) - 1, .5 ** below]), places
-
-@lru_cache(256)
+# %% ../nbs/05c_encode_kernels.ipynb #0381f9cb
+@lru_cache(16) # a megabyte each
 def byte_table(
     layouts:tuple[Layout, ...], # Of several layers
     by_byte:bool, # Values; keys are filled up to a multiple of `KEY_BYTES`
@@ -39,10 +28,13 @@ def byte_table(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]: # Largest codes and unit of the lower plane float32 `[layers, 2, rank]`, places float16 `[layers, 2, rank, bytes]`, ranks and widths int32 `[layers, 2]`, widths
     "How codes become the bytes of a token."
     widths = tuple(l.nbytes if by_byte else -(-l.nbytes // KEY_BYTES) * KEY_BYTES for l in layouts)
-    rank, room = max(l.rank for l in layouts), max(16, 1 << (max(widths) - 1).bit_length())
-    levels, places = np.zeros((len(layouts), 2, rank), np.float32), np.zeros((len(layouts), 2, rank, room), np.float16)
-    for i, l in enumerate(layouts): levels[i, :, :l.rank], places[i, :, :l.rank, :l.nbytes] = _byte_table(l)
-    sizes = np.array([*zip((l.rank for l in layouts), widths)], np.int32)
+    N, rank, room = len(layouts), max(l.rank for l in layouts), max(16, 1 << (max(widths) - 1).bit_length())
+    bits = np.array([l.bits + (0,) * (rank // GROUP - len(l.bits)) for l in layouts]).repeat(GROUP, 1)
+    below = np.array([0, *(planes_of(b)[0][1] for b in range(1, 9))])[bits] # bits under the upper plane
+    i, byte, c, shift, _, place = parts_of(layouts)
+    lower, places = (shift < below[i, c]).astype(int), np.zeros((N, 2, rank, room), np.float16)
+    places[i, lower, c, byte] = 2. ** (place + lower * below[i, c])
+    levels, sizes = np.stack([2. ** bits - 1, .5 ** below], 1).astype(np.float32), np.array([*zip((l.rank for l in layouts), widths)], np.int32)
     return *(torch.from_numpy(t).to(device, non_blocking=True) for t in (levels, places, sizes)), widths
 
 # %% ../nbs/05c_encode_kernels.ipynb #37e231e8
@@ -179,7 +171,7 @@ def _even(
     fine = len({t.stride() for t in tensors}) == 1 and not any(s % 16 for s in tensors[0].stride()[:3]) and addresses(tensors)
     return tensors if fine else _whole(tensors)
 
-# %% ../nbs/05c_encode_kernels.ipynb #edda03f9
+# %% ../nbs/05c_encode_kernels.ipynb #fa6836c8
 def launch(
     x:list[Tensor], # States of each layer `[B, H, n, D]`, last dimension contiguous
     layouts:tuple[Layout, ...], # Of each layer
@@ -197,7 +189,7 @@ def launch(
     N, (B, H, n, D), x, (basis, scale) = len(x), x[0].shape, _even(x), map(_whole, (basis, scale))
     dev, dtype, pages, later = x[0].device, x[0].dtype, n // PAGE, offset is not None
     levels, places, sizes, widths = byte_table(layouts, by_byte, dev)
-    T = 16 if small or D > 128 or dtype == torch.float32 else 32 if later else PAGE
+    T = 16 if small or D > 128 or dtype == torch.float32 else PAGE
     tiles = n // T
     out = [torch.empty(B, H, pages, PAGE * width, dtype=torch.uint8, device=dev) for width in widths]
     missed = torch.empty(B, H, N, tiles, *(() if later else (D,)), device=dev)
@@ -210,7 +202,7 @@ def launch(
         encode[tiles * B * H * N,](x[0], cos, sin, analysis, bias, basis[0], scale[0], bias if offset is None else offset.contiguous(), levels, places, sizes, w[0] if w else bias, out[0], missed, where,
             *(s // 16 for s in x[0].stride()[:3]), *steps, *((w[0].stride(0), w[0].stride(1) if w[0].shape[1] > 1 else 0) if w else (0, 0)), pages, tiles, levels.shape[2],
             H=H, N=N, D=D, DP=1 << (D - 1).bit_length(), T=T, R=GROUP, NB=places.shape[3], TURN=turned is not None, PAIR=apart, BY_BYTE=by_byte, WEIGHTED=bool(w), LATER=later, PRECISION="ieee" if small else "tf32x3",
-            num_warps=8, num_stages=1, **(dict(maxnreg=128) if T == PAGE else {})) # registers for two programs at a time
+            num_warps=8, num_stages=1, **(dict(maxnreg=128) if T == PAGE and not later else {})) # registers for two programs at a time, where little is spilled
     return out, missed
 
 # %% ../nbs/05c_encode_kernels.ipynb #7a2b5b13
@@ -287,13 +279,21 @@ def copy_rows(BASE, JOBS, UNIT: tl.constexpr, TILE: tl.constexpr):
         x = tl.load(BASE + (source + row * step) * UNIT + at, mask=at < size * UNIT)
         tl.store(BASE + (target + row * target_step) * UNIT + at, x, mask=at < size * UNIT)
 
-# %% ../nbs/05c_encode_kernels.ipynb #c63aa90b
+# %% ../nbs/05c_encode_kernels.ipynb #fc885c21
 @jit
 def _scores(x, k, cap, CAPPED: tl.constexpr):
     "Of scaled queries and keys."
     s = tl.dot(x, tl.trans(k.to(x.dtype)))
     if CAPPED: s = cap * (2. / (1. + tl.exp(-2. / cap * s)) - 1.)
     return s
+
+@lru_cache
+def _stages(
+    device:torch.device,
+    kib:int, # Shared memory that three stages take
+) -> int: # 3 where a multiprocessor has room for two such programs
+    "How far ahead a kernel loads."
+    return 3 if device.type == "cuda" and torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 2048 * kib else 2
 
 @jit
 def query_attends(X, K, V, SLOTS, WHERE, OUT, SUMS, cap, kb: int, kh: int, kt: int, vb: int, vh: int, vt: int, B: int, H: int, q: int, rows: int, T: int, start: int,
@@ -467,7 +467,7 @@ class Seen:
     def steps(self) -> tuple[int, int, int]: # From one row, head and token to the next, in units of 16
         return tuple(s // 16 for s in self.keys[0].stride()[:3])
 
-# %% ../nbs/05c_encode_kernels.ipynb #5145de33
+# %% ../nbs/05c_encode_kernels.ipynb #f6a9414a
 class Encoder:
     Seen = Seen
     "Codes states by the kernel where it can, and where it agrees with PyTorch."
@@ -615,7 +615,7 @@ class Encoder:
             out, sums = torch.empty(R, H, rows, D, device=dev), torch.empty(R, H, rows, device=dev)
             seen.where = numbers_on(dev, [a for pair in zip(addresses(seen.keys), addresses(v)) for a in pair])
             with on(dev): query_attends[R * H, -(-rows // 64)](seen.queries, seen.keys[0], v[0], seen.slots, seen.where, out, sums, seen.softcap or 1., *seen.steps(), *(s // 16 for s in v[0].stride()[:3]), B, H, seen.slots.shape[1], rows, T, seen.start,
-                D=D, DP=1 << (D - 1).bit_length(), QB=64, TB=64, CAPPED=seen.softcap is not None, num_warps=4, num_stages=2)
+                D=D, DP=1 << (D - 1).bit_length(), QB=64, TB=64, CAPPED=seen.softcap is not None, num_warps=4, num_stages=_stages(dev, 96))
             return out, sums
         return self.run(values[0], ("outputs", seen.softcap is not None), by_kernel, by_torch, lambda got, want: bool((got[0][:len(want)] - want).norm() <= .02 * want.norm()))
 

@@ -658,7 +658,7 @@ class Scratch:
 
 scratch = Scratch()
 
-# %% ../nbs/05_kernels.ipynb #48555d56
+# %% ../nbs/05_kernels.ipynb #bce2e25a
 @dataclass(frozen=True)
 class Tuning:
     "Sizes of programs. The defaults were chosen on an H100; `tools/tune_kernels.py` measures them all."
@@ -668,11 +668,12 @@ class Tuning:
     stages:int=2
     rows:int=64 # Of a product of `prepare`: pages times query heads
     pages:int=64 # Whose biases a program of `prepare` makes
-    projections:int=1056 # Programs of `prepare`, about
+    projections:int=792 # Programs of `prepare`, about
     prepare_warps:int=4
-    prepare_registers:int|None=None # Of a thread, where head_dim is at most 128 and a group has at most 8 heads: 128 let four programs run on a multiprocessor
+    multiprocessors:int=132
+    prepare_registers:tuple[int, int]|None=None # At most, of a thread, where head_dim is at most 128 and a group has at most 8 heads: with the first three programs run on a multiprocessor, with the second four, where all are done in fewer rounds then
     hot:int=64 # Tokens of the hot window in a program
-    merge_warps:int=8 # Where `merge` has few programs, else half as many, for half as large a tile
+    merge_warps:int=8 # Where `merge` has few programs, else a quarter, for half as large a tile
     parts:int=64 # Of a tile of `merge`
     dims:int=64 # Of a program of `merge`
     pdl:bool=False # Kernels wait for the one before by themselves, from sm_90 on: a launch overlaps with its end
@@ -690,7 +691,8 @@ def tuning_for(
 ) -> Tuning:
     "Variant for a device, by its compute capability."
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0): return T4
-    return Tuning(prepare_registers=128 if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0) else None)
+    if device.type != "cuda": return Tuning()
+    return Tuning(multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count, prepare_registers=(160, 128) if torch.cuda.get_device_capability(device) == (9, 0) else None)
 
 # %% ../nbs/05_kernels.ipynb #a70b6bf1
 def _power(n): return 1 << max(0, n - 1).bit_length()
@@ -842,7 +844,7 @@ def aligned(
     if not x.is_contiguous(): x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
-# %% ../nbs/05_kernels.ipynb #d0d5f830
+# %% ../nbs/05_kernels.ipynb #27cc458a
 def plan_launches(
     layer:SpectralLayer,
     step:dict[str, Tensor], # query, key, value, out, mask, length
@@ -886,11 +888,13 @@ def plan_launches(
         loss, rest = (s.key_norm, s.key_norm) if s.loss is None else (s.loss.directions, s.loss.rest)
         factor, marks, here = float(scaling if s.loss is not None else 0), *((1, hots) if i == 0 else (0, 0))
         shared = dict(D=D, D2=_power(D // 2), LR=LR, HALVES=not layer.table.interleaved and layer.table.rotary_dim == D)
-        add(prepare, (BH, here + marks + _ceil(pages, PB) + _ceil(turns, blocks) * parts), (
+        programs = here + marks + _ceil(pages, PB) + _ceil(turns, blocks) * parts
+        rounds = [_ceil(BH * programs, n * t.multiprocessors) for n in (3, 4)]
+        add(prepare, (BH, programs), (
             q, table[first:], pairs, s.keys.basis, s.keys.scale, kt.comps, kt.factors, s.keys.offset, loss, rest, s.key_norm, qt, qs, qb, hot.keys, hot.values, hot.keys_scale, hot.values_scale,
             layer.landmark_keys, layer.landmark_values, layer.landmark_slots, step["key"], step["value"], step["mask"], step["length"], me, le, ae,
             here, marks, E, pages, blocks, parts, s.keys.layout.rank, len(layer.cold), L, mask_row, room, float(scaling), factor, cap2),
-            dict(H=H, G=G, G2=G2, N=N, GP=max(16, GP), GB=1 if GP * D > 1024 else GP, DP=_power(D), NO=kt.octets, R=R, NT=NT, PB=PB, TE=t.hot, TM=_power(L + 1), ASM=asm, **shared, **flags), num_warps=t.prepare_warps, num_stages=1, **(dict(maxnreg=t.prepare_registers) if t.prepare_registers and D <= 128 and G <= 8 else {}))
+            dict(H=H, G=G, G2=G2, N=N, GP=max(16, GP), GB=1 if GP * D > 1024 else GP, DP=_power(D), NO=kt.octets, R=R, NT=NT, PB=PB, TE=t.hot, TM=_power(L + 1), ASM=asm, **shared, **flags), num_warps=t.prepare_warps, num_stages=1, **(dict(maxnreg=t.prepare_registers[rounds[1] < rounds[0]]) if t.prepare_registers and D <= 128 and G <= 8 else {}))
         kc, vc, m8, q8 = s.keys.codes, s.values.codes, kt.masks, qt
         if t.gemv: kc, vc, m8, q8 = (x.view(torch.int32) for x in (kc, vc, m8, q8))
         else: kc, vc = kc.view(i8), vc.view(i8)
@@ -902,7 +906,7 @@ def plan_launches(
         share = 1 if BH * G * _ceil(D, t.dims) <= t.programs // 4 else 2
         add(merge, (BH * G, _ceil(D, t.dims)), (
             mo, lo, ao, me, le, ae, s.values.basis, s.values.scale, vt.comps, vt.factors, s.values.offset, step["out"], S, hots + 1 + i, E, s.values.layout.rank),
-            dict(G=G, D=D, DB=t.dims, VC=vs.count * GROUP, VCP=_power(vs.count * GROUP), SP=_power(S), EP=_power(E), SB=min(t.parts // share, _power(S)), FINAL=i == len(segments) - 1, PDL=t.pdl, ASM=asm), num_warps=t.merge_warps // share, **after)
+            dict(G=G, D=D, DB=t.dims, VC=vs.count * GROUP, VCP=_power(vs.count * GROUP), SP=_power(S), EP=_power(E), SB=min(t.parts // share, _power(S)), FINAL=i == len(segments) - 1, PDL=t.pdl, ASM=asm), num_warps=t.merge_warps // share ** 2, **after)
         first += pages
     return out
 

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['GROUP', 'PAGE', 'WIDTHS', 'PLANES', 'CHUNK', 'KEY_BYTES', 'MOST_ANCHORS', 'LOSS_RANK', 'FIT_TOKENS', 'STEP_TOKENS',
            'LONG', 'ADD_BYTES', 'DISTORTION', 'STEP', 'STEP_SEARCH', 'planes_of', 'pack', 'unpack', 'Layout',
-           'to_pages', 'from_pages', 'best_step', 'quantize', 'dequantize', 'inverse_factor', 'decorrelate', 'Spectrum',
-           'moments', 'spectrum', 'anchor_angles', 'to_anchor', 'query_at_anchors', 'Sample', 'Sensitivity',
+           'parts_of', 'to_pages', 'from_pages', 'best_step', 'quantize', 'dequantize', 'inverse_factor', 'decorrelate',
+           'Spectrum', 'moments', 'spectrum', 'anchor_angles', 'to_anchor', 'query_at_anchors', 'Sample', 'Sensitivity',
            'sensitivity', 'Pool', 'allocate', 'Quantizer', 'Coded', 'stacked', 'joined', 'error_of',
            'analysis_together', 'code_together', 'Loss', 'most_numbers', 'together', 'Measured', 'Segment',
-           'SpectralStore', 'measure_together', 'fit_bases', 'plan', 'start_together', 'settle', 'code_pages',
-           'add_pages', 'not_finite']
+           'SpectralStore', 'measure_together', 'fit_bases', 'plan', 'start_together', 'add_losses', 'settle',
+           'code_pages', 'add_pages', 'not_finite']
 
-# %% ../nbs/02b_spectral.ipynb #f57855cf
+# %% ../nbs/02b_spectral.ipynb #99bac8e1
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -66,7 +67,7 @@ def unpack(
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
     return ((packed[..., None, :] >> shifts[:, None]) & (2 ** width - 1)).flatten(-2)
 
-# %% ../nbs/02b_spectral.ipynb #77d355e2
+# %% ../nbs/02b_spectral.ipynb #6a3a7505
 @dataclass(frozen=True)
 class Layout:
     "Bits of each group of `GROUP` components, descending, and the planes that follow from them."
@@ -82,17 +83,6 @@ class Layout:
         for g, b in enumerate(self.bits):
             for w, shift in planes_of(b): out[w].append((g, shift))
         return out
-
-    def parts(self) -> np.ndarray: # `[parts, 5]`: byte, component, shift, mask and place in the byte
-        "What each byte of a token is made of: the sum of `(code >> shift & mask) << place` of its parts."
-        out, at = [np.empty((5, 0), int)], 0
-        for w, members in self.planes().items():
-            if not members: continue
-            groups, shifts = np.repeat(members, GROUP, 0).T
-            m, n = np.arange(len(groups)), len(groups) * w // 8
-            out.append(np.stack([at + m % n, groups * GROUP + m % GROUP, shifts, np.full(len(m), 2 ** w - 1), m // n * w]))
-            at += n
-        return np.concatenate(out, 1).T
 
     @property
     def nbytes(self) -> int: # Bytes of codes a token
@@ -140,20 +130,35 @@ class Layout:
         comps, factors = (torch.tensor(o, device=planes.device, dtype=torch.long) for o in self.members())
         return planes.new_zeros(*planes.shape[:-1], self.rank).index_add(-1, comps, planes * factors)
 
-# %% ../nbs/02b_spectral.ipynb #e45d2aed
+# %% ../nbs/02b_spectral.ipynb #58dc5a21
+def parts_of(
+    layouts:tuple[Layout, ...],
+) -> np.ndarray: # `[6, parts]`: layout, byte, component, shift, mask and place in the byte
+    "What each byte of a token is made of: the sum of `(code >> shift & mask) << place` of its parts."
+    left, found, at, out = np.zeros((len(layouts), max(1, *(len(l.bits) for l in layouts))), int), defaultdict(list), np.zeros(len(layouts), int), [np.empty((6, 0), int)]
+    for i, l in enumerate(layouts): left[i, :len(l.bits)] = l.bits
+    for w in (4, 4, 2, 1): # as `planes_of`
+        has = left >= w
+        left = left - w * has
+        found[w].append((has, left))
+    for w in PLANES:
+        has, shift = (np.stack(o, -1) for o in zip(*found[w]))
+        (i, g, s), n = np.nonzero(has), has.sum((1, 2)) * GROUP * w // 8
+        m, c = ((has.reshape(len(has), -1).cumsum(1) - 1).reshape(has.shape)[i, g, s] * GROUP)[:, None] + np.arange(GROUP), g[:, None] * GROUP + np.arange(GROUP)
+        out.append(np.stack(np.broadcast_arrays(i[:, None], at[i, None] + m % n[i, None], c, shift[i, g, s][:, None], 2 ** w - 1, m // n[i, None] * w)).reshape(6, -1))
+        at = at + n
+    return np.concatenate(out, 1)
+
 @lru_cache(128)
 def _joint(layouts:tuple[Layout, ...], device:torch.device) -> tuple: # Largest rank; place of each row; largest codes; component, shift, mask and place in its byte of each of up to 8 parts of a byte
     "How codes of several layouts, rows filled up with zeros, become bytes."
-    R = max(GROUP, *(l.rank for l in layouts))
-    at, top, parts = [], torch.zeros(len(layouts), R, 1), []
-    for i, l in enumerate(layouts):
-        at += range(i * R, i * R + l.rank)
-        top[i, :l.rank, 0] = 2. ** l.components(l.rank) - 1
-        byte, c, shift, mask, place = l.parts().T
-        parts.append(np.zeros((l.nbytes, 8, 4), int))
-        parts[-1][byte, place // np.log2(mask + 1).astype(int)] = np.stack([i * R + c, shift, mask, place], 1)
-    parts = torch.from_numpy(np.concatenate(parts))[:, :max([8 // w for l in layouts for w, m in l.planes().items() if m], default=1)]
-    comps, *rest = parts.permute(2, 1, 0).unbind()
+    R, nbytes = max(GROUP, *(l.rank for l in layouts)), np.array([l.nbytes for l in layouts])
+    at, top = [i * R + c for i, l in enumerate(layouts) for c in range(l.rank)], torch.stack([2. ** l.components(R) - 1 for l in layouts])[..., None]
+    i, byte, c, shift, mask, place = parts_of(layouts)
+    slot = place // np.log2(mask + 1).astype(int)
+    parts = np.zeros((nbytes.sum(), max(slot, default=0) + 1, 4), int)
+    parts[(nbytes.cumsum() - nbytes)[i] + byte, slot] = np.stack([i * R + c, shift, mask, place], 1)
+    comps, *rest = torch.from_numpy(parts).permute(2, 1, 0).unbind()
     return R, *(t.to(device) for t in (torch.tensor(at, dtype=torch.long), top, comps.flatten(), *(t[..., None].to(torch.uint8) for t in rest)))
 
 # %% ../nbs/02b_spectral.ipynb #a9393c60
@@ -735,23 +740,24 @@ def most_numbers(
     "How many numbers to work on at once: few on a CPU, which has small caches; more on a GPU, where launches cost."
     return cpu if device.type == "cpu" else gpu
 
-# %% ../nbs/02b_spectral.ipynb #59efd2bb
+# %% ../nbs/02b_spectral.ipynb #7a95f7df
 def together(
     f, # Tensors with a leading batch axis to several such tensors
     *args:list[Tensor], # One list for each argument, one entry for each layer
-    gpu:int=2 ** 23, # Elements of its largest argument that a call may get on a GPU (`most_numbers`)
+    gpu:int=2 ** 23, # Elements of its largest argument that a call gets on a GPU, about (`most_numbers`)
 ) -> list[tuple[Tensor, ...]]: # What `f` gives for each entry
     "Call `f` as few times as shapes allow."
     groups, out = defaultdict(list), [None] * len(args[0])
     for i, ts in enumerate(zip(*args)): groups[tuple((t.shape, t.device) for t in ts)].append(i)
     for key, members in groups.items():
-        step = max(1, most_numbers(key[0][1], gpu, 2 ** 18) // max(s.numel() for s, _ in key))
+        most, size = most_numbers(key[0][1], gpu, 2 ** 18), max(s.numel() for s, _ in key)
+        step = -(-len(members) // max(1, math.ceil(len(members) * size / (1.25 * most)))) # calls of one size: no short one at the end
         for at in range(0, len(members), step):
             part = members[at:at + step]
             for i, o in zip(part, zip(*(t.chunk(len(part)) for t in f(*(torch.cat([a[i] for i in part]) for a in args))))): out[i] = o
     return out
 
-# %% ../nbs/02b_spectral.ipynb #10519499
+# %% ../nbs/02b_spectral.ipynb #dbac184d
 @dataclass
 class Measured:
     "What is known of one layer whose tokens are to be coded."
@@ -764,19 +770,18 @@ class Measured:
     stride:int
     spectra:tuple[Spectrum, Spectrum]|None=None
     quantizers:tuple[Quantizer, Quantizer]|None=None
-    loss:"Loss|None"=None
     layouts:tuple[Layout, Layout]|None=None
     limits:Tensor|None=None # Of `Segment`, still on the device
 
-# %% ../nbs/02b_spectral.ipynb #0a9998f5
+# %% ../nbs/02b_spectral.ipynb #a00daa81
 @dataclass
 class Segment:
     "Pages that share bases."
     keys:Coded # At their anchors
     values:Coded
-    loss:Loss|None # None where logits are soft-capped
+    loss:Loss|None # None where logits are soft-capped; until `add_losses`, what it is made of
     scaling:float
-    limits:tuple # Error of a token's key and value above which the bases no longer fit
+    limits:tuple # Error of a token's key and value above which the bases no longer fit; until `settle`, on the device
     key_norm:Tensor|None=None # Largest norm of a row of the key basis `[B, H]` float32, where a kernel has asked for it
 
     def __len__(self): return PAGE * self.values.codes.shape[2]
@@ -897,7 +902,7 @@ class SpectralStore:
             n -= len(s); kept.append(s)
         self.segments = kept
 
-# %% ../nbs/02b_spectral.ipynb #2360dc9f
+# %% ../nbs/02b_spectral.ipynb #1ce358eb
 @torch.no_grad()
 def measure_together(
     stores:list[SpectralStore], # With as many tokens
@@ -913,7 +918,7 @@ def measure_together(
         first, ask = samples[members[0]], Coded.kernel if stores[0].config.kernel != "torch" else None
         if first is not None and ask and ask.attends(states[members[0]][0]): first = None # without probabilities
         rows = shape[0] * shape[2] * (shape[1] * shape[3] if first is None else first.queries.shape[1] * first.queries.shape[2])
-        step = max(1, most_numbers(device, 2 ** (25 if shape[2] >= LONG else 23), 2 ** 20) // rows) # short prompts: more layers at once would take more memory than the prefill did
+        step = max(1, most_numbers(device, 2 ** (26 if shape[2] >= LONG else 23), 2 ** 20) // rows) # short prompts: more layers at once would take more memory than the prefill did
         for at in range(0, len(members), step): _measure(*([o[i] for i in members[at:at + step]] for o in (stores, samples, states, weights)), angles)
 
 def _measure(stores, samples, states, weights, angles):
@@ -943,7 +948,7 @@ def _measure(stores, samples, states, weights, angles):
         at = lambda x: x[i * B:i * B + B]
         o.measured = Measured(None if samples[i] is None else samples[i].scaling, samples[i] is None or samples[i].softcap is not None, at(weight), Sensitivity(*map(at, vars(s).values())), [tuple(map(at, m[:2])) for m in found], tuple(at(m[2]) for m in found), stride * fine)
 
-# %% ../nbs/02b_spectral.ipynb #ae37d77a
+# %% ../nbs/02b_spectral.ipynb #7271e905
 @torch.no_grad()
 def fit_bases(
     stores:list[SpectralStore], # All measured
@@ -970,7 +975,7 @@ def plan(
     stores:list[SpectralStore], # With bases
     layouts:list[Layout], # From `allocate`
 ):
-    "Steps, quantizers and lost variance of new segments."
+    "Steps and quantizers of new segments."
     bits = np.concatenate([np.repeat(l.bits + (0,) * (s.variance.shape[-1] // GROUP - len(l.bits)), GROUP) for l, s in zip(layouts, [s for o in stores for s in o.measured.spectra])])
     bits, long = torch.from_numpy(bits), stores[0].measured.weight.shape[2] >= LONG
     jobs, at, kernel = [], 0, stores[0].config.kernel != "torch"
@@ -981,14 +986,10 @@ def plan(
             jobs.append((x, m.weight[:, :, ::m.stride], s.variance, s.analysis, s.synthesis, s.mean, bits[at:at + D].expand(len(x), -1)))
             at += D
         m.states = None
-    quantizers = [Quantizer(*o) for o in together(lambda x, w, *a: vars(Quantizer.fit(x.float(), w, Spectrum(*a[:4]), a[4], kernel)).values(), *zip(*jobs), gpu=2 ** (24 if long else 23))]
+    quantizers = [Quantizer(*o) for o in together(lambda x, w, *a: vars(Quantizer.fit(x.float(), w, Spectrum(*a[:4]), a[4], kernel)).values(), *zip(*jobs), gpu=2 ** 24 if long else 3 * 2 ** 21)]
     error, spread = (torch.stack([getattr(q, n).to(bits.device) for q in quantizers]).mean(-1) for n in ("error", "spread"))
     limits = (stores[0].config.drift * error + .05 * spread).view(-1, 2)
     for i, o in enumerate(stores): o.measured.quantizers, o.measured.layouts, o.measured.limits = quantizers[2 * i:2 * i + 2], layouts[2 * i:2 * i + 2], limits[i]
-    soft = [o.measured for o in stores if not o.measured.hard]
-    if soft:
-        found = joined([[t] for pair in together(lambda *a: vars(Loss.fit(*a, kernel=kernel)).values(), [m.quantizers[0].lost for m in soft], [m.sensitivity.queries for m in soft]) for t in pair], kernel)
-        for m, *loss in zip(soft, found[::2], found[1::2]): m.loss = Loss(*loss)
 
 @torch.no_grad()
 def start_together(
@@ -996,14 +997,24 @@ def start_together(
     states:list[tuple[Tensor, Tensor]], # Keys **post-RoPE** `[B, H, n, D]`, as measured, and values of each, of the same shapes
     angles:tuple[Tensor, Tensor]|None=None, # From `anchor_angles`
 ):
-    "Begin segments of several layers with these tokens, as `plan` said."
+    "Begin segments of several layers with these tokens, as `plan` said; `add_losses` and `settle` finish them."
     first, found, keys = stores[0], [o.measured for o in stores], states[0][0]
     turned = *(angles or anchor_angles(len(first), keys.shape[2], first.table, keys.device)), first.table.interleaved
     share, kernel = [m.sensitivity.share for m in found], first.config.kernel != "torch"
     keys, values = (Coded.fit_together([s[i] for s in states], share, *zip(*((m.layouts[i], m.quantizers[i]) for m in found)), i == 1, (turned, None)[i], kernel) for i in range(2))
     for o, m, *coded in zip(stores, found, keys, values):
         o.measured, o.drifted = None, 0
-        o.segments.append(Segment(*coded, m.loss, m.scaling or 1., m.limits))
+        o.segments.append(Segment(*coded, None if m.hard else (m.quantizers[0].lost, m.sensitivity.queries), m.scaling or 1., m.limits))
+
+@torch.no_grad()
+def add_losses(
+    stores:list[SpectralStore], # With new segments
+):
+    "What keys of new segments lost: after their tokens were coded, which takes the device longer than the launches of this."
+    soft, kernel = [s for s in (o.segments[-1] for o in stores) if s.loss is not None], stores[0].config.kernel != "torch"
+    if not soft: return
+    found = joined([[t] for pair in together(lambda *a: vars(Loss.fit(*a, kernel=kernel)).values(), *zip(*(s.loss for s in soft))) for t in pair], kernel)
+    for s, *loss in zip(soft, found[::2], found[1::2]): s.loss = Loss(*loss)
 
 def settle(
     stores:list[SpectralStore], # With new segments
@@ -1012,7 +1023,7 @@ def settle(
     last = [o.segments[-1] for o in stores]
     for s, limits in zip(last, torch.stack([s.limits for s in last]).tolist()): s.limits = tuple(limits)
 
-# %% ../nbs/02b_spectral.ipynb #83859fc1
+# %% ../nbs/02b_spectral.ipynb #9d0d293e
 @torch.no_grad()
 def code_pages(
     stores:list[SpectralStore], # With as many tokens, and bases of one shape but for ranks
@@ -1034,15 +1045,18 @@ def add_pages(
     pages:list[tuple[Tensor, Tensor]], # From `code_pages`
     errors:Tensor, # `[len(stores), 2]`
 ):
-    "Add coded pages, and notice where bases no longer fit. Waits for the device, once for all layers."
-    errors, last = errors.tolist(), [o.segments[-1] for o in stores]
-    if not np.isfinite(errors).all(): raise not_finite(len(stores[0]))
-    for o, s, pair in zip(stores, last, errors): o.drifted = o.drifted + 1 if any(e > limit for e, limit in zip(pair, s.limits)) else 0
+    "Add coded pages, and notice where bases no longer fit. Waits for the device once, with nothing left to launch; states that are not finite leave the codes as they were."
+    start, last = len(stores[0]), [o.segments[-1] for o in stores]
     coded, new = [c for s in last for c in (s.keys, s.values)], [p for pair in pages for p in pair]
     step = max(1, ADD_BYTES // max(1, coded[0].codes.nbytes))
     for at in range(0, len(coded), step):
         part = slice(at, at + step)
         for c, grown in zip(coded[part], joined([[c.codes, p] for c, p in zip(coded[part], new[part])], stores[0].config.kernel != "torch")): c.codes = grown
+    errors = errors.tolist()
+    if not np.isfinite(errors).all():
+        for c, p in zip(coded, new): c.codes = c.codes[:, :, :-p.shape[2]].clone()
+        raise not_finite(start)
+    for o, s, pair in zip(stores, last, errors): o.drifted = o.drifted + 1 if any(e > limit for e, limit in zip(pair, s.limits)) else 0
 
 def not_finite(
     start:int, # First token that they may be of

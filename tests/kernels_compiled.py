@@ -45,7 +45,7 @@ for name in ("encode", "query_attends", "query_shares", "query_feels", "state_mo
 encoder = encode_kernels.Encoder()
 encoder.here, encoder.measures, encoder.run = lambda x: True, lambda x: x.shape[-1] <= 128 and Compiled.arch > 75, lambda x, kind, by_kernel, *_: by_kernel()
 for name in sys.argv[2:] or CASES:
-    for arch, tuning in ((75, kernels.T4), (80, kernels.Tuning()), (90, kernels.Tuning(prepare_registers=128)), (90, kernels.Tuning(pdl=True))):
+    for arch, tuning in ((75, kernels.T4), (80, kernels.Tuning()), (90, kernels.Tuning(multiprocessors=1, prepare_registers=(160, 128))), (90, kernels.Tuning(pdl=True))):
         layer, q, k, v, mask, softcap = case(**CASES[name])
         if arch == 75 and (q.dtype == torch.bfloat16 or q.shape[-1] > 128): continue # no such type there; refused by `unsupported` and `Encoder.can`
         Compiled.arch, Compiled.case, store, encode_kernels.tuning_for = arch, name, layer.cold, lambda device: tuning

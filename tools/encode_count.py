@@ -39,7 +39,7 @@ class Counter(TorchDispatchMode):
         for t in outs: self.hold(t)
         if func._schema.name not in FREE:
             packet = func._overloadpacket
-            self.add(func._schema.name, ins, outs, flop_registry[packet](*args, **(kwargs or {}), out_val=out) if packet in flop_registry else 0, outs[0].dtype if outs else None)
+            self.add(func._schema.name, ins, outs, flop_registry[packet](*(a for a in args if not isinstance(a, torch.dtype)), **(kwargs or {}), out_val=out) if packet in flop_registry else 0, outs[0].dtype if outs else None)
         return out
 
     def add(self, name, ins, outs, flops, dtype):
