@@ -902,7 +902,7 @@ class SpectralStore:
             n -= len(s); kept.append(s)
         self.segments = kept
 
-# %% ../nbs/02b_spectral.ipynb #1ce358eb
+# %% ../nbs/02b_spectral.ipynb #cffab00d
 @torch.no_grad()
 def measure_together(
     stores:list[SpectralStore], # With as many tokens
@@ -918,7 +918,7 @@ def measure_together(
         first, ask = samples[members[0]], Coded.kernel if stores[0].config.kernel != "torch" else None
         if first is not None and ask and ask.attends(states[members[0]][0]): first = None # without probabilities
         rows = shape[0] * shape[2] * (shape[1] * shape[3] if first is None else first.queries.shape[1] * first.queries.shape[2])
-        step = max(1, most_numbers(device, 2 ** (26 if shape[2] >= LONG else 23), 2 ** 20) // rows) # short prompts: more layers at once would take more memory than the prefill did
+        step = max(1, most_numbers(device, 2 ** (23 if shape[2] < LONG else 26 if first is None else 25), 2 ** 20) // rows) # short prompts: more layers at once would take more memory than the prefill did
         for at in range(0, len(members), step): _measure(*([o[i] for i in members[at:at + step]] for o in (stores, samples, states, weights)), angles)
 
 def _measure(stores, samples, states, weights, angles):

@@ -343,15 +343,15 @@ def test_metrics_in_half_precision(dtype, eps):
     for n in want: assert (got[n] - want[n]).norm() < eps * want[n].norm(), n
 
 
-@pytest.mark.parametrize("tokens,layers", [(4096, 6), (8192, 1)])
-def test_what_coding_a_prompt_asks_of_a_gpu(tmp_path, tokens, layers):
+@pytest.mark.parametrize("tokens,layers,option,launches,page", [(4096, 6, "--torch", 9000, 512), (8192, 1, "--torch", 9000, 512), (8192, 1, "--once", 1000, 64)])
+def test_what_coding_a_prompt_asks_of_a_gpu(tmp_path, tokens, layers, option, launches, page):
     "Counted at the shape of Mistral-7B and 8192 tokens: no more memory than one layer's dense K/V above the dense prefill's (half as many: six), and a few launches a layer for a later page."
     import json, os, subprocess, sys
     from pathlib import Path
     root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, root / "tools/encode_count.py", tmp_path / "count.json", "--once", "--torch", f"--tokens={tokens}"], check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(root)})
+    subprocess.run([sys.executable, root / "tools/encode_count.py", tmp_path / "count.json", "--once", option, f"--tokens={tokens}"], check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(root)})
     got = json.loads((tmp_path / "count.json").read_text())
     ops = {r["stage"]: r["ops"] for r in got["rows"]}
     if tokens == 8192: assert got["summary"]["dense_peak_mib"] == pytest.approx(1956, abs=2) # as an H100 measured it
     assert got["summary"]["peak_mib_above_dense"] <= layers * tokens / 256
-    assert ops["all of the encoding"] < 9000 and ops["a page of all layers"] < 32 * 16
+    assert ops["all of the encoding"] < launches and ops["a page of all layers"] < page
