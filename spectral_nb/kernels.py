@@ -163,7 +163,7 @@ def _queries(Q, rows, ia, ib, ok, D: tl.constexpr):
     b = tl.load(Q + rows[:, None] * D + ib[None, :], mask=ok, other=0).to(tl.float32)
     return a, b, tl.sum(a * a + b * b, 1)
 
-# %% ../nbs/05_kernels.ipynb #496bc080
+# %% ../nbs/05_kernels.ipynb #1c22f49d
 @jit
 def _angles(TAB, page, d, inside, D: tl.constexpr):
     "Cosines and sines of pages."
@@ -217,7 +217,7 @@ def _project(Q, TAB, PAIR, BASIS, SCALE, CI, CF, RMAX, QT, QS, first, last, part
         for i in tl.static_range(NT):
             q = (tl.dot(x, tiles[i]) * scales[i][None, :] + 12582912.).to(tl.int32, bitcast=True) # the low 16 bits are the rounded number
             octet = (part * NT + i) * 4 + b // 16
-            tl.store(QT + to[:, None] + (octet * (N * 8) + b % 16)[None, :], _bytes(q, R), mask=inside[:, None] & (octet < NO)[None, :])
+            tl.store(QT + to[:, None] + (octet * (N * 8) + b % 16)[None, :], _bytes(q, R), mask=inside[:, None] & (octet < NO)[None, :], eviction_policy="evict_last") # `decode` finds them in the L2 cache
 
 # %% ../nbs/05_kernels.ipynb #0b099ece
 def thread_order(
@@ -359,7 +359,7 @@ def _write(K, V, HK, HV, HKS, HVS, AT, hot_row:int, D: tl.constexpr, DP: tl.cons
         tl.store(HV + to * D + d, q, mask=ok)
         tl.store(HVS + to, scale)
 
-# %% ../nbs/05_kernels.ipynb #29ce60a4
+# %% ../nbs/05_kernels.ipynb #2bad2e70
 @jit
 def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_split:int, marked:int, first_page:int, L:int, mask_row:int, cap2,
            H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, KSUB: tl.constexpr, VSUB: tl.constexpr, KOFF: tl.constexpr, VOFF: tl.constexpr, KAT: tl.constexpr, VROW: tl.constexpr, NO: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, VSTEPS: tl.constexpr,
@@ -404,7 +404,7 @@ def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_s
                 for m in tl.static_range(_at(KSUB, c)):
                     mask = tl.load(MK + (_at(KOFF, c) + m) * 32 + c32)
                     octet = c32 // 8
-                    q = tl.load(qbase + (((_at(KAT, 3 * (2 * _at(KOFF, c) + half * _at(KSUB, c) + m)) + octet) * N)[:, None] + n[None, :]) * 8 + (c32 % 8)[:, None], mask=((octet >= _at(KAT, 3 * (2 * _at(KOFF, c) + half * _at(KSUB, c) + m) + 1)) & (octet < _at(KAT, 3 * (2 * _at(KOFF, c) + half * _at(KSUB, c) + m) + 2)))[:, None], other=0)
+                    q = tl.load(qbase + (((_at(KAT, 3 * (2 * _at(KOFF, c) + half * _at(KSUB, c) + m)) + octet) * N)[:, None] + n[None, :]) * 8 + (c32 % 8)[:, None], mask=((octet >= _at(KAT, 3 * (2 * _at(KOFF, c) + half * _at(KSUB, c) + m) + 1)) & (octet < _at(KAT, 3 * (2 * _at(KOFF, c) + half * _at(KSUB, c) + m) + 2)))[:, None], other=0, eviction_policy="evict_first")
                     s = tl.dot(_and(y, tl.broadcast_to(mask[None, :], [T, 32]), ASM), q, s, out_dtype=tl.int32)
         hi, lo = tl.split(tl.reshape(s, [T, GP, 2]))
         sc = _capped((hi * 256 + lo).to(tl.float32) * scale[None, :] + bias[None, :], cap2, CAP)
