@@ -467,7 +467,7 @@ class Seen:
     def steps(self) -> tuple[int, int, int]: # From one row, head and token to the next, in units of 16
         return tuple(s // 16 for s in self.keys[0].stride()[:3])
 
-# %% ../nbs/05c_encode_kernels.ipynb #f6a9414a
+# %% ../nbs/05c_encode_kernels.ipynb #343e7013
 class Encoder:
     Seen = Seen
     "Codes states by the kernel where it can, and where it agrees with PyTorch."
@@ -524,8 +524,10 @@ class Encoder:
             w = weight if weight is None else weight.expand(-1, -1, N, -1, -1).unbind(2)
             pages, lost = launch(x.unbind(2), layouts, *pseudo_inverses(coded, offset), [c.basis for c in coded], [c.scale for c in coded], offset, first.by_byte, w, None if angles is None else factors(angles, D), tuning_for(x.device).gemv)
             return pages, lost.sum((0, 1, 3)) / (B * H * n if weight is None else weight.expand(B, H, N, n, 1).sum((0, 1, 3, 4)).clamp_min(1))
-        by_torch = lambda: code_together([first], x[:, :, :1], None if weight is None else weight[:, :, :1], angles, kernel=False)
-        return self.run(x, (first.by_byte, "page"), by_kernel, by_torch, partial(agree, layout=layouts[0], by_byte=first.by_byte))
+        one = next(i for i, l in enumerate(layouts) if l.rank)
+        at = slice(one, one + 1)
+        by_torch = lambda: code_together(coded[at], x[:, :, at], None if weight is None else weight.expand(-1, -1, N, -1, -1)[:, :, at], angles, kernel=False)
+        return self.run(x, (first.by_byte, "page"), by_kernel, by_torch, lambda got, want: agree((got[0][at], got[1][at]), want, layouts[one], first.by_byte))
 
     def prompt(self,
         empty:list[Coded], # Layout, basis and scale of several layers
