@@ -12,8 +12,9 @@ __all__ = ['GROUP', 'PAGE', 'WIDTHS', 'PLANES', 'CHUNK', 'KEY_BYTES', 'MOST_ANCH
            'SpectralStore', 'measure_together', 'fit_bases', 'plan', 'start_together', 'add_losses', 'settle',
            'code_pages', 'add_pages', 'not_finite']
 
-# %% ../nbs/02b_spectral.ipynb #99bac8e1
+# %% ../nbs/02b_spectral.ipynb #76a0ac17
 import math
+import traceback
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -1023,7 +1024,7 @@ def settle(
     last = [o.segments[-1] for o in stores]
     for s, limits in zip(last, torch.stack([s.limits for s in last]).tolist()): s.limits = tuple(limits)
 
-# %% ../nbs/02b_spectral.ipynb #9d0d293e
+# %% ../nbs/02b_spectral.ipynb #1bf37ab8
 @torch.no_grad()
 def code_pages(
     stores:list[SpectralStore], # With as many tokens, and bases of one shape but for ranks
@@ -1045,17 +1046,21 @@ def add_pages(
     pages:list[tuple[Tensor, Tensor]], # From `code_pages`
     errors:Tensor, # `[len(stores), 2]`
 ):
-    "Add coded pages, and notice where bases no longer fit. Waits for the device once, with nothing left to launch; states that are not finite leave the codes as they were."
+    "Add coded pages, and notice where bases no longer fit. Waits for the device once, with nothing left to launch; states that are not finite, or too little memory, leave the codes as they were."
     start, last = len(stores[0]), [o.segments[-1] for o in stores]
     coded, new = [c for s in last for c in (s.keys, s.values)], [p for pair in pages for p in pair]
-    step = max(1, ADD_BYTES // max(1, coded[0].codes.nbytes))
-    for at in range(0, len(coded), step):
-        part = slice(at, at + step)
-        for c, grown in zip(coded[part], joined([[c.codes, p] for c, p in zip(coded[part], new[part])], stores[0].config.kernel != "torch")): c.codes = grown
-    errors = errors.tolist()
-    if not np.isfinite(errors).all():
-        for c, p in zip(coded, new): c.codes = c.codes[:, :, :-p.shape[2]].clone()
-        raise not_finite(start)
+    before, step = [c.codes.shape[2] for c in coded], max(1, ADD_BYTES // max(1, *(c.codes.nbytes for c in coded)))
+    try:
+        for at in range(0, len(coded), step):
+            part = slice(at, at + step)
+            for c, grown in zip(coded[part], joined([[c.codes, p] for c, p in zip(coded[part], new[part])], stores[0].config.kernel != "torch")): c.codes = grown
+        errors = errors.tolist()
+        if not np.isfinite(errors).all(): raise not_finite(start)
+    except BaseException as e:
+        traceback.clear_frames(e.__traceback__) # what they hold may be the memory that is missing
+        for c, n in zip(coded, before):
+            if c.codes.shape[2] > n: c.codes = c.codes[:, :, :n].clone()
+        raise
     for o, s, pair in zip(stores, last, errors): o.drifted = o.drifted + 1 if any(e > limit for e, limit in zip(pair, s.limits)) else 0
 
 def not_finite(

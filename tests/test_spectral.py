@@ -1,5 +1,6 @@
 "Spectral coding: packed round trips, lossless limits, and attention from codes against attention over rebuilt states."
 import copy
+import math
 import random
 import warnings
 
@@ -8,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spectral_nb import spectral
 from spectral_nb.attention import attend
-from spectral_nb.cache import SpectralCache, SpectralLayer
+from spectral_nb.cache import SpectralCache, SpectralLayer, freeze_page
 from spectral_nb.codec import SpectralConfig
 from spectral_nb.evaluate import attention_implementation
 from spectral_nb.rope import RopeTable
@@ -160,6 +162,34 @@ def test_a_bad_token_is_noticed_before_it_is_coded():
     layer.append(torch.full_like(keys[:, :, :1], torch.nan), values[:, :, :1])
     with pytest.raises(ValueError, match="not finite"):
         for _ in range(300): layer.append(keys[:, :, 100:101], values[:, :, 100:101])
+
+
+@pytest.mark.parametrize("fault", ["not finite", "no memory"])
+def test_a_page_that_cannot_be_added_changes_nothing(fault, monkeypatch):
+    "Codes, recent tokens and drift counts of all layers stay as they were; without the fault, the same page is coded."
+    layers = [filled(seed=i)[0] for i in range(3)]
+    for l in layers:
+        l.on_page, l.cold.drifted, l.cold.segments[-1].limits = lambda layer: None, 1, (math.inf, math.inf)
+        for _ in range(128): l.append(torch.ones(1, 2, 1, 32), torch.ones(1, 2, 1, 32))
+    held = lambda: [t.clone() for l in layers for t in l.tensors().values()]
+    before, good, bad = held(), layers[1].hot.values_scale.clone(), layers[1].hot.values_scale
+    if fault == "not finite": bad[:, :, 5] = torch.nan
+    else:
+        calls = []
+        def joined(parts, *args):
+            calls.append(parts)
+            if len(calls) == 4: raise torch.cuda.OutOfMemoryError("no memory")
+            return [torch.cat(p, 2) for p in parts]
+        monkeypatch.setattr(spectral, "ADD_BYTES", 1)
+        monkeypatch.setattr(spectral, "joined", joined)
+    with pytest.raises((ValueError, torch.cuda.OutOfMemoryError), match=fault): freeze_page(layers)
+    bad.copy_(good)
+    for a, b in zip(before, held(), strict=True): assert torch.equal(a, b)
+    assert all(t.is_contiguous() for l in layers for t in l.cold.tensors().values()) and all(l.cold.drifted == 1 for l in layers)
+    monkeypatch.undo()
+    n = len(layers[0].cold)
+    freeze_page(layers)
+    assert all((len(l.cold), l.get_seq_length(), l.cold.drifted) == (n + 128, 1028, 0) for l in layers)
 
 
 @pytest.mark.parametrize("padded", [False, True])
