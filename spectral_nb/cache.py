@@ -614,7 +614,7 @@ def token_weights(
         if key not in made: made[key] = l.token_weight(n)
     return [made[(l.landmark_slots.shape, len(l.cold), l.device) if l.landmarks_first else id(l)] for l in layers]
 
-# %% ../nbs/03_cache.ipynb #7f956545
+# %% ../nbs/03_cache.ipynb #a4c7f53f
 def what_stays(
     layers:list[SpectralLayer],
     n:int, # Oldest hot tokens, about to be coded
@@ -626,7 +626,7 @@ def what_stays(
     for l in layers:
         if l.hot.keys_scale is None: exact[l.hot.keys.shape[:2], l.hot_length, l.hot.keys.dtype, l.hot.keys.shape[3], l.hot.values.shape[3], l.device].append(l)
     for ((B, H), T, dtype, D, Dv, device), members in exact.items():
-        step = max(1, most_numbers(device, 2 ** 23, 2 ** 20) // (B * H * (T - n) * max(D, Dv)))
+        step = max(1, most_numbers(device, 2 ** 23, 2 ** 20) // max(1, B * H * (T - n) * max(D, Dv)))
         for at in range(0, len(members), step):
             part = members[at:at + step]
             for l, made in zip(part, to_int8([l.hot for l in part], torch.float16 if dtype == torch.float32 else dtype, n, kernel)): out[l][0].update(made)

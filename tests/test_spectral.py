@@ -164,6 +164,14 @@ def test_a_bad_token_is_noticed_before_it_is_coded():
         for _ in range(300): layer.append(keys[:, :, 100:101], values[:, :, 100:101])
 
 
+def test_no_token_has_to_stay_exact():
+    "A prompt of whole pages goes cold to its last token."
+    layer, keys, _ = filled(T=512, hot_buffer_size=0)
+    assert (len(layer.cold), layer.hot_length) == (512, 0) and (layer.get_kv()[0] - keys).norm() < .5 * keys.norm()
+    for i in range(130): layer.append(keys[:, :, i:i + 1], keys[:, :, i:i + 1])
+    assert (len(layer.cold), layer.hot_length) == (640, 2) and torch.equal(layer.get_kv()[0][:, :, :4], keys[:, :, :4])
+
+
 @pytest.mark.parametrize("fault", ["not finite", "no memory"])
 def test_a_page_that_cannot_be_added_changes_nothing(fault, monkeypatch):
     "Codes, recent tokens and drift counts of all layers stay as they were; without the fault, the same page is coded."
