@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCARCE_KEYS', 'LEAST', 'OUTGROWN', 'CompressedStates', 'Ledger', 'HotTier', 'to_int8', 'later', 'CacheOf',
            'SpectralLayer', 'largest', 'check_finite', 'freeze_page', 'fixed_nbytes', 'tokens_to_code', 'token_weights',
-           'what_stays', 'code_prompt', 'fit_layers', 'SpectralCache']
+           'rows_to_fit', 'what_stays', 'code_prompt', 'fit_layers', 'SpectralCache']
 
-# %% ../nbs/03_cache.ipynb #957a500c
+# %% ../nbs/03_cache.ipynb #fd7121ba
 import math
 import warnings
 import weakref
@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from . import peers  # registers its stores
 from .codec import EXACT_DTYPES, STORES, SpectralConfig
 from .rope import RopeTable, rope_table
-from .spectral import LOSS_RANK, Sample, add_losses, add_pages, allocate, anchor_angles, code_pages, fit_bases, joined, measure_together, most_numbers, not_finite, plan, settle, start_together
+from .spectral import LOSS_RANK, PAGE, Sample, add_losses, add_pages, allocate, anchor_angles, code_pages, fit_bases, joined, measure_together, most_numbers, not_finite, plan, settle, start_together
 
 # %% ../nbs/03_cache.ipynb #7b83970b
 class CompressedStates(torch.Tensor):
@@ -614,7 +614,15 @@ def token_weights(
         if key not in made: made[key] = l.token_weight(n)
     return [made[(l.landmark_slots.shape, len(l.cold), l.device) if l.landmarks_first else id(l)] for l in layers]
 
-# %% ../nbs/03_cache.ipynb #a4c7f53f
+# %% ../nbs/03_cache.ipynb #7a2093e2
+def rows_to_fit(
+    weight:Tensor, # Of the tokens about to be coded `[B, 1, n]`, 0: padding or landmark
+) -> Tensor|None: # `[B]`; None: each row its own
+    "Whose tokens each row's bases are fitted to: the fullest row's where padding leaves less than a page of a row's own, which says nothing of its later tokens. Waits for the device."
+    count = weight.sum((1, 2))
+    few = count < PAGE
+    return torch.where(few, count.argmax(), torch.arange(len(count), device=count.device)) if few.any() else None
+
 def what_stays(
     layers:list[SpectralLayer],
     n:int, # Oldest hot tokens, about to be coded
@@ -657,7 +665,7 @@ def code_prompt(
                 if l.importance is not None: l.importance = l.importance[:, :, n:].clone()
                 l.cold.fitted = l.get_seq_length()
 
-# %% ../nbs/03_cache.ipynb #a1a37128
+# %% ../nbs/03_cache.ipynb #d40875c1
 @torch.no_grad()
 def fit_layers(
     layers:list[SpectralLayer], # Of one cache, with the same number of hot tokens
@@ -670,11 +678,14 @@ def fit_layers(
     most = largest([l.hot.states() for l in layers]) # to be read with the variances: until then nothing waits for a prefill that is still under way
     n = tokens_to_code(layers[0], first=not old)
     with torch.autocast(layers[0].device.type, enabled=False):
-        start, tables, angles = len(stores[0]), defaultdict(list), {}
+        start, tables, angles, rows = len(stores[0]), defaultdict(list), {}, {}
         for l in layers: tables[id(l.table), l.device].append(l)
         for key, part in tables.items():
-            angles[key] = anchor_angles(start, n, part[0].table, part[0].device)
-            measure_together([l.cold for l in part], [l.sample for l in part], [l.hot.states() for l in part], token_weights(part, n), angles[key])
+            angles[key], own = anchor_angles(start, n, part[0].table, part[0].device), token_weights(part, n)
+            rows[key] = None if part[0].padding is None else rows_to_fit(own[0])
+            if rows[key] is None: measure_together([l.cold for l in part], [l.sample for l in part], [l.hot.states() for l in part], own, angles[key])
+            else:
+                for l, w in zip(part, own): measure_together([l.cold], [l.sample and l.sample.of(rows[key])], [tuple(s[rows[key]] for s in l.hot.states())], [w[rows[key]]], angles[key])
         recent = {}
         pools = fit_bases(stores, weights, lambda: recent.update(what_stays(layers, n)))
         try: check_finite(layers[0], most)
@@ -694,7 +705,9 @@ def fit_layers(
         if weights: layouts = allocate(pools, budget, config.floor)
         else: layouts = [o for i in range(len(layers)) for o in allocate(pools[2 * i:2 * i + 2], budget / len(layers), config.floor)]
         plan(stores, layouts)
-        for key, part in tables.items(): code_prompt(part, n, angles[key], recent)
+        for key, part in tables.items():
+            code_prompt(part, n, angles[key], recent)
+            for c in (c for l in part for c in (l.cold.segments[-1].keys, l.cold.segments[-1].values) if rows[key] is not None): c.offset = c.offset[rows[key]]
         add_losses(stores)
     settle(stores)
 

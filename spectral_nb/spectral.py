@@ -12,11 +12,11 @@ __all__ = ['GROUP', 'PAGE', 'WIDTHS', 'PLANES', 'CHUNK', 'KEY_BYTES', 'MOST_ANCH
            'SpectralStore', 'measure_together', 'fit_bases', 'plan', 'start_together', 'add_losses', 'settle',
            'code_pages', 'add_pages', 'not_finite']
 
-# %% ../nbs/02b_spectral.ipynb #76a0ac17
+# %% ../nbs/02b_spectral.ipynb #b9de60ec
 import math
 import traceback
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import numpy as np
@@ -338,7 +338,7 @@ def query_at_anchors(
     cos, sin = table.rows(start + PAGE * torch.arange(0, pages, skip, device=query_states.device) + PAGE // 2)
     return turn(query_states[:, :, None], cos[:, None], -sin[:, None], table.interleaved)
 
-# %% ../nbs/02b_spectral.ipynb #88b97081
+# %% ../nbs/02b_spectral.ipynb #0460fe4f
 @dataclass
 class Sample:
     "Queries of one layer that stand for those to come."
@@ -347,6 +347,13 @@ class Sample:
     gram:object # Metric of each head's output `[heads, Dv, Dv]`, or of each row `[B, heads, Dv, Dv]`; or a function that gives it
     scaling:float
     softcap:float|None=None
+
+    def of(self,
+        rows:Tensor, # Of the batch
+    ):
+        "The queries of these rows."
+        some = lambda x, dims: x[rows] if isinstance(x, Tensor) and x.ndim == dims else x
+        return replace(self, queries=self.queries[rows], slots=some(self.slots, 2), gram=some(self.gram, 4))
 
 # %% ../nbs/02b_spectral.ipynb #404709b8
 @dataclass

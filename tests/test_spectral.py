@@ -164,6 +164,19 @@ def test_a_bad_token_is_noticed_before_it_is_coded():
         for _ in range(300): layer.append(keys[:, :, 100:101], values[:, :, 100:101])
 
 
+@pytest.mark.parametrize("pad", [760, 850])
+def test_a_row_of_mostly_padding_is_coded_as_well_later(pad):
+    "A short prompt beside a long one: none, or few, of its tokens are among those that bases are fitted to."
+    layer, keys, values = filled(B=2, padding=torch.tensor([0, pad]))
+    n = len(layer.cold)
+    assert n == 768
+    for i in range(150): layer.append(keys[:, :, i:i + 1], values[:, :, i:i + 1])
+    assert len(layer.cold) > n and len(layer.cold.segments) == 1
+    for got, want in zip(layer.get_kv(), (keys, values)):
+        error = (got[:, :, :900] - want)[:, :, pad:896].flatten(1).norm(dim=1) / want[:, :, pad:896].flatten(1).norm(dim=1)
+        assert error[1] < 1.5 * error[0] < .75, error
+
+
 def test_no_token_has_to_stay_exact():
     "A prompt of whole pages goes cold to its last token."
     layer, keys, _ = filled(T=512, hot_buffer_size=0)
