@@ -366,6 +366,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'spectral_nb/encode_kernels.py'),
                                             'spectral_nb.encode_kernels.factors': ( 'encode_kernels.html#factors',
                                                                                     'spectral_nb/encode_kernels.py'),
+                                            'spectral_nb.encode_kernels.finite': ( 'encode_kernels.html#finite',
+                                                                                   'spectral_nb/encode_kernels.py'),
                                             'spectral_nb.encode_kernels.invert_bases': ( 'encode_kernels.html#invert_bases',
                                                                                          'spectral_nb/encode_kernels.py'),
                                             'spectral_nb.encode_kernels.invert_factor': ( 'encode_kernels.html#invert_factor',

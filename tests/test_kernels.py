@@ -64,6 +64,18 @@ def test_a_wrong_encoding_kernel_is_never_used(monkeypatch, fault):
 
 
 @needs_triton
+def test_states_that_are_not_finite_say_nothing_of_a_kernel():
+    "They come to it before the error that they raise: no reason to do without it from then on."
+    from spectral_nb.encode_kernels import Encoder
+    encoder, nan, one = Encoder(), torch.tensor([torch.nan, 1.]), torch.ones(2)
+    run = lambda got, want: encoder.run(one, ("kind",), lambda: got, lambda: ([want], want), lambda a, b: torch.equal(a, b[1]))
+    assert run(nan, nan) is None and not encoder.failed and not encoder.trusted
+    assert run(one, one) is one and encoder.trusted
+    encoder.trusted.clear()
+    with pytest.warns(UserWarning, match="differ from PyTorch's"): assert run(nan, one) is None and encoder.failed
+
+
+@needs_triton
 @pytest.mark.parametrize("names", [["group4", "group16"], ["dim256"], ["padded", "softcap"]])
 def test_builds_for_three_architectures(names, tmp_path):
     "sm_75 stays within 48 KB of shared memory; no kernel spills more than 256 bytes a thread, or 768 there."
