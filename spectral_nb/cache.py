@@ -665,7 +665,7 @@ def code_prompt(
                 if l.importance is not None: l.importance = l.importance[:, :, n:].clone()
                 l.cold.fitted = l.get_seq_length()
 
-# %% ../nbs/03_cache.ipynb #d40875c1
+# %% ../nbs/03_cache.ipynb #a974dda9
 @torch.no_grad()
 def fit_layers(
     layers:list[SpectralLayer], # Of one cache, with the same number of hot tokens
@@ -705,11 +705,13 @@ def fit_layers(
         if weights: layouts = allocate(pools, budget, config.floor)
         else: layouts = [o for i in range(len(layers)) for o in allocate(pools[2 * i:2 * i + 2], budget / len(layers), config.floor)]
         plan(stores, layouts)
-        for key, part in tables.items():
-            code_prompt(part, n, angles[key], recent)
-            for c in (c for l in part for c in (l.cold.segments[-1].keys, l.cold.segments[-1].values) if rows[key] is not None): c.offset = c.offset[rows[key]]
-        add_losses(stores)
-    settle(stores)
+        try:
+            for key, part in tables.items(): code_prompt(part, n, angles[key], recent)
+        finally: # too little memory midway leaves no segment half made
+            for key, part in tables.items():
+                for s in (l.cold.segments[-1] for l in part if l.cold.measured is None and rows[key] is not None):
+                    for c in (s.keys, s.values): c.offset = c.offset[rows[key]]
+            if begun := [o for o in stores if o.measured is None]: add_losses(begun); settle(begun)
 
 # %% ../nbs/03_cache.ipynb #c357b653
 class SpectralCache(Cache):

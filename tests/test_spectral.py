@@ -9,13 +9,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral_nb import spectral
+from spectral_nb import cache, spectral
 from spectral_nb.attention import attend
 from spectral_nb.cache import SpectralCache, SpectralLayer, freeze_page
 from spectral_nb.codec import SpectralConfig
 from spectral_nb.evaluate import attention_implementation
 from spectral_nb.rope import RopeTable
-from spectral_nb.spectral import GROUP, PLANES, WIDTHS, Layout, Pool, Sample, allocate, pack, planes_of, unpack
+from spectral_nb.spectral import GROUP, PLANES, WIDTHS, Layout, Loss, Pool, Sample, allocate, pack, planes_of, unpack
 
 settings.register_profile("ci", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("ci")
@@ -162,6 +162,25 @@ def test_a_bad_token_is_noticed_before_it_is_coded():
     layer.append(torch.full_like(keys[:, :, :1], torch.nan), values[:, :, :1])
     with pytest.raises(ValueError, match="not finite"):
         for _ in range(300): layer.append(keys[:, :, 100:101], values[:, :, 100:101])
+
+
+def test_a_prompt_that_finds_no_memory_leaves_no_layer_half_coded(monkeypatch):
+    "Layers that were coded before are whole; the others hold all of their tokens, and are coded by the next call."
+    layers, calls, start = [filled(seed=i, T=300, fit_length=512)[0] for i in range(3)], [], cache.start_together
+    for l in layers: l.on_full = lambda layer: None
+    for l in layers: l.append(*torch.randn(2, 1, 2, 500, 32, generator=torch.Generator().manual_seed(0)))
+    def fails(*args):
+        calls.append(args)
+        if len(calls) == 2: raise torch.cuda.OutOfMemoryError("no memory")
+        start(*args)
+    monkeypatch.setattr(cache, "start_together", fails)
+    with pytest.raises(torch.cuda.OutOfMemoryError): cache.fit_layers(layers)
+    done, *rest = layers
+    (segment,) = done.cold.segments
+    assert isinstance(segment.loss, Loss) and isinstance(segment.limits, tuple) and done.get_seq_length() == 800 and done.nbytes
+    assert all((len(l.cold), l.hot_length) == (0, 800) for l in rest)
+    cache.fit_layers(rest)
+    assert all(len(l.cold) == len(done.cold) and l.get_seq_length() == 800 for l in rest)
 
 
 @pytest.mark.parametrize("pad", [760, 850])
