@@ -650,7 +650,7 @@ def train(
     (out/'training_log.json').write_text(json.dumps(log, indent=1))
     return log
 
-# %% ../nbs/12_training.ipynb #b5eaccff
+# %% ../nbs/12_training.ipynb #dcfff8c4
 def pack(
     src, # folder
     dest, # folder for the pieces
@@ -677,7 +677,7 @@ def unpack(
     "Put the pieces together and unpack them"
     fs = sorted(Path(packed).glob(f"{name}.tar.*"))
     if not fs: raise FileNotFoundError(f"There are no pieces of '{name}' in {packed}")
-    with tarfile.open(fileobj=io.BytesIO(b''.join(f.read_bytes() for f in fs)), mode='r') as t: t.extractall(dest, filter='data')
+    with tarfile.open(fileobj=io.BytesIO(b''.join(f.read_bytes() for f in fs)), mode='r') as t: t.extractall(dest, **dict(filter='data') if hasattr(tarfile, 'data_filter') else {}) # Python 3.11.4 and later
     return sorted(Path(dest).iterdir())
 
 # %% ../nbs/12_training.ipynb #9d039890
