@@ -614,7 +614,7 @@ def token_weights(
         if key not in made: made[key] = l.token_weight(n)
     return [made[(l.landmark_slots.shape, len(l.cold), l.device) if l.landmarks_first else id(l)] for l in layers]
 
-# %% ../nbs/03_cache.ipynb #7a2093e2
+# %% ../nbs/03_cache.ipynb #022b92f5
 def rows_to_fit(
     weight:Tensor, # Of the tokens about to be coded `[B, 1, n]`, 0: padding or landmark
 ) -> Tensor|None: # `[B]`; None: each row its own
@@ -623,6 +623,7 @@ def rows_to_fit(
     few = count < PAGE
     return torch.where(few, count.argmax(), torch.arange(len(count), device=count.device)) if few.any() else None
 
+# %% ../nbs/03_cache.ipynb #a4c7f53f
 def what_stays(
     layers:list[SpectralLayer],
     n:int, # Oldest hot tokens, about to be coded

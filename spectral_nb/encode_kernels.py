@@ -467,7 +467,7 @@ class Seen:
     def steps(self) -> tuple[int, int, int]: # From one row, head and token to the next, in units of 16
         return tuple(s // 16 for s in self.keys[0].stride()[:3])
 
-# %% ../nbs/05c_encode_kernels.ipynb #ea1b75f3
+# %% ../nbs/05c_encode_kernels.ipynb #87c58bca
 def finite(
     what:Tensor|list|tuple, # Tensors, or lists of such
 ) -> bool:
@@ -475,8 +475,8 @@ def finite(
     return bool(torch.isfinite(what).all()) if isinstance(what, Tensor) else all(map(finite, what))
 
 class Encoder:
-    Seen = Seen
     "Codes states by the kernel where it can, and where it agrees with PyTorch."
+    Seen = Seen
 
     def __init__(self): self.trusted, self.failed = set(), set()
 
