@@ -164,7 +164,7 @@ def spectral_attention_forward(
     for f in LISTENERS: f(module, query, out, scaling, softcap)
     return out, None
 
-# %% ../nbs/04_attention.ipynb #9a15c09e
+# %% ../nbs/04_attention.ipynb #19682d32
 @torch.no_grad()
 def output_gram(
     module, # Attention module of a model
@@ -181,7 +181,7 @@ def output_gram(
         W = (proj(x) - proj(torch.zeros_like(x[:1]))).mT
     W = W.unflatten(-1, (heads, Dv)).transpose(0, 1)
     if not W.is_cuda: W = W.float()
-    if W.dtype == torch.float32: return W.mT @ W
+    if W.dtype not in (torch.float16, torch.bfloat16): return (W.mT @ W).float()
     if "dtype" in torch.ops.aten.bmm.overloads(): return torch.bmm(W.mT, W, out_dtype=torch.float32) # torch 2.8
     size = torch.linalg.vector_norm(W, torch.inf).clamp_min(1e-30) # products of half-precision numbers stay in range
     W = W / size
