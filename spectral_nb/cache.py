@@ -714,7 +714,7 @@ def fit_layers(
                     for c in (s.keys, s.values): c.offset = c.offset[rows[key]]
             if begun := [o for o in stores if o.measured is None]: add_losses(begun); settle(begun)
 
-# %% ../nbs/03_cache.ipynb #c357b653
+# %% ../nbs/03_cache.ipynb #d2ae2eb0
 class SpectralCache(Cache):
     "A transformers cache of `SpectralLayer`s; sliding-window layers keep transformers' own layer, which holds no more than the window."
     def __init__(self,
@@ -752,14 +752,14 @@ class SpectralCache(Cache):
 
     def update(self, key_states:Tensor, value_states:Tensor, layer_idx:int, *args, **kwargs):
         "As in transformers."
-        self.outgrow(key_states.shape[2])
+        if key_states.shape[2] > 1 and not any(isinstance(o, SpectralLayer) for o in self.layers[:layer_idx]): self.outgrow(key_states.shape[2]) # before any layer has taken them
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def fit(self,
         layer:SpectralLayer, # The layer that has just been filled
     ):
-        "Fit the bases of all layers that wait for it, once they hold the same tokens."
-        waiting = [o for o in self.spectral_layers if not o.cold.ready]
+        "Fit the bases of all layers that wait for it since the same page, once they hold the same tokens."
+        waiting = [o for o in self.spectral_layers if not o.cold.ready and len(o.cold) == len(layer.cold)]
         if any(o.hot_length != layer.hot_length or o.pending for o in waiting): return
         first = not len(layer.cold)
         rest = [r["nbytes"] for r in self.ledger() if r["layer"] is None or self.layers[r["layer"]] not in waiting]
@@ -774,10 +774,9 @@ class SpectralCache(Cache):
         layer:SpectralLayer, # The layer that has just taken a token
     ):
         "Code a page of all layers in which decoding has filled one, once the last of them has taken its token."
-        ready, n = [o for o in self.spectral_layers if o.cold.ready], layer.get_seq_length()
-        late = layer.hot_length - layer.config.hot_buffer_size - layer.cold.page
-        if any(o.get_seq_length() < n for o in ready): return freeze_page([layer]) if late >= layer.cold.page else None # a layer that is never used
-        due = [o for o in ready if o.hot_length >= o.config.hot_buffer_size + o.cold.page]
+        n, full = layer.get_seq_length(), layer.config.hot_buffer_size + layer.cold.page
+        due = [o for o in self.spectral_layers if o.cold.ready and n - len(o.cold) >= full]
+        if any(o.get_seq_length() < n for o in due): return freeze_page([layer]) if layer.hot_length - full >= layer.cold.page else None # a layer that is never used
         freeze_page(due)
 
     @property

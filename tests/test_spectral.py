@@ -259,6 +259,20 @@ def test_layers_code_a_page_together(padded):
     assert len(cache.layers[0].cold) > n
 
 
+@pytest.mark.parametrize("turns", [[600, *[1] * 200, 600], [1] * 900])
+def test_layers_stay_in_step(turns):
+    "A call is counted once, however many layers have taken it, and layers whose bases no longer fit from different pages on do not wait for one another for ever."
+    from transformers import LlamaConfig
+    config, gen = LlamaConfig(vocab_size=64, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32, intermediate_size=64), torch.Generator().manual_seed(0)
+    cache, turning = SpectralCache(config, ratio=4.), 1 in turns[:1]
+    for i, n in enumerate([1000, *turns]):
+        for j in range(3): cache.update(*torch.randn(2, 1, 2, n, 32, generator=gen), j)
+        if turning and i in (10, 190): cache.layers[i // 100].cold.drifted = 2
+        assert turning or all(o.cold.ready for o in cache.layers)
+    assert all(o.cold.ready and o.hot_length < 256 for o in cache.layers)
+    assert [len(o.cold.segments) for o in cache.layers] == ([2, 2, 1] if turning else [2, 2, 2])
+
+
 def test_a_change_of_subject_fits_new_bases():
     layer, keys, values = filled(T=900)
     gen = torch.Generator().manual_seed(5)
