@@ -6,10 +6,10 @@
 __all__ = ['log', 'FAST_TYPES', 'GENERATE_REFUSED', 'DECODE_ARGS', 'LOOP_ARGS', 'PREFILL_ARGS', 'LOOPS', 'DENSE_PAST',
            'base_model', 'model_route', 'check_supported', 'check_generate', 'LayerStates', 'FastPathCache', 'storing',
            'project', 'rotate', 'keep_mask', 'SpectralPatch', 'attend_function', 'some_queries', 'received_attention',
-           'check_unsloth', 'clone_with', 'decode_forward', 'coded_at_the_end', 'stand_in', 'patch_unsloth_attention',
-           'unpatch_unsloth_attention', 'spectral']
+           'check_unsloth', 'clone_with', 'decode_forward', 'replace_once', 'coded_at_the_end', 'stand_in',
+           'patch_unsloth_attention', 'unpatch_unsloth_attention', 'spectral']
 
-# %% ../nbs/06_integration.ipynb #50f77098
+# %% ../nbs/06_integration.ipynb #5001f01c
 import copy, functools, importlib.util, inspect, logging, types, warnings
 from dataclasses import replace
 from collections import deque
@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from fastcore.basics import patch
 from torch import Tensor
+from transformers import GenerationMixin
 
 from .attention import LISTENERS, attend, causal_mask, dense_attention, output_gram, padding_of, sampled_rows, softmax_attention
 from . import calibrate
@@ -506,7 +507,7 @@ def _decode_attention(self, hidden_states, past_key_value, position_ids, attenti
     patched.count(self.layer_idx, 1, past_key_value.layer, True, "decode attention of Unsloth's loop")
     return out, past_key_value
 
-# %% ../nbs/06_integration.ipynb #ed18f6ac
+# %% ../nbs/06_integration.ipynb #31d50cad
 def _wants_cache(model, kwargs):
     "Whether this call is inference with a cache."
     use = kwargs.get("use_cache")
@@ -517,6 +518,18 @@ def _dense_past(past):
     if past is None or isinstance(past, (FastPathCache, SpectralCache)): return False
     if not type(past).__module__.startswith("transformers.") and not isinstance(past, (tuple, list)): return False
     return bool(past.get_seq_length() if hasattr(past, "get_seq_length") else len(past))
+
+def _other_cache(past):
+    "Whether this is a cache of transformers that is not ours."
+    return type(past).__module__.startswith("transformers.") and not isinstance(past, SpectralCache)
+
+def replace_once(
+    past, # A cache of transformers, empty
+):
+    "Raise a `ValueError` where a cache that another one has stood for comes back empty."
+    if vars(past).get("_spectral_stood_for_it"): raise ValueError(f"this {type(past).__name__} comes a second time and is empty: a patched model fills a SpectralCache of its own, and what that holds would be lost. "
+        "Pass on past_key_values of the model's last output, or start with calibrate.spectral_cache(model), which is filled in place")
+    past._spectral_stood_for_it = True
 
 DENSE_PAST = ("past_key_values holds {n} that were computed without compression; pass past_key_values=None, or the cache that a patched model returned, "
               "or call unpatch_unsloth_attention(model)")
@@ -626,7 +639,7 @@ def _reorder_cache(self, past_key_values, beam_idx):
     past_key_values.reorder_cache(beam_idx)
     return past_key_values
 
-# %% ../nbs/06_integration.ipynb #a7b09989
+# %% ../nbs/06_integration.ipynb #3edba8ca
 def _cache_forward(self, *args, **kwargs):
     "Stands for `forward` of a model that takes a transformers cache."
     patched, stock = self._spectral
@@ -634,7 +647,9 @@ def _cache_forward(self, *args, **kwargs):
     past, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
     if past is None and not _wants_cache(self, kwargs): return stock(**kwargs)
     if _dense_past(past): raise ValueError(DENSE_PAST.format(n=f"{past.get_seq_length()} tokens"))
-    if past is None or (type(past).__module__.startswith("transformers.") and not isinstance(past, SpectralCache)): past = kwargs["past_key_values"] = patched.new_cache()
+    if past is None or _other_cache(past):
+        if past is not None: replace_once(past)
+        past = kwargs["past_key_values"] = patched.new_cache()
     n = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
     if not past.get_seq_length(): patched.set_padding(past, kwargs.get("attention_mask"))
     with storing() if torch.is_inference_mode_enabled() else nullcontext():
@@ -666,7 +681,7 @@ def _no_other_cache(model, kwargs):
     try: yield kwargs
     finally: config.cache_implementation = old
 
-# %% ../nbs/06_integration.ipynb #91e756db
+# %% ../nbs/06_integration.ipynb #56152d78
 def _cache_generate(self, *args, **kwargs):
     "Stands for the `generate` of transformers: puts a fresh spectral cache in."
     patched, stock = self._spectral_generate
@@ -674,14 +689,15 @@ def _cache_generate(self, *args, **kwargs):
     use = kwargs.get("use_cache", config.use_cache)
     if use is False: return stock(*args, **kwargs)
     with _no_other_cache(self, kwargs):
-        if kwargs.get("past_key_values") is None: kwargs["past_key_values"] = patched.new_cache()
+        if kwargs.get("past_key_values") is None or _other_cache(kwargs["past_key_values"]): kwargs["past_key_values"] = patched.new_cache()
         if kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)) is None: kwargs.setdefault("disable_compile", True)
         return stock(*args, **kwargs)
 
-# %% ../nbs/06_integration.ipynb #8b89c7c4
+# %% ../nbs/06_integration.ipynb #f6f411b9
 def _generate(self, *args, **kwargs):
     "Stands for `generate` of a patched model."
     patched, stock = self._spectral_outer
+    args, kwargs = args[:1], kwargs | dict(zip(_parameters(GenerationMixin.generate)[2:], args[1:]))
     config = kwargs.get("generation_config") or self.generation_config
     check_generate(patched.route, config, kwargs)
     past = kwargs.get("past_key_values")
@@ -846,7 +862,7 @@ def unpatch_unsloth_attention(
     "Take everything back; a model that is not patched stays as it is."
     if (old := base_model(model).__dict__.get("_spectral_patch")) is not None: old.remove()
 
-# %% ../nbs/06_integration.ipynb #844e7e09
+# %% ../nbs/06_integration.ipynb #b9bcda2f
 @contextmanager
 def spectral(
     model, # As in `patch_unsloth_attention`
@@ -863,9 +879,8 @@ def spectral(
     try:
         with nullcontext() if max_kl is None else calibrate.checked(base, max_kl): yield new
     finally:
-        if outer is None: new.remove()
-        else:
-            new.remove()
+        base.__dict__.get("_spectral_patch", new).remove() # another one where the model was patched anew meanwhile
+        if outer is not None:
             outer.configure(*settings)
             outer.layer_weights = weights
             outer.install()

@@ -4,7 +4,7 @@ import logging
 import pytest
 import torch
 from tiny import CONFIGS, head_dim, prompt, tiny_model
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from spectral_nb import calibrate
 from spectral_nb.cache import SpectralCache
@@ -112,6 +112,34 @@ def test_dense_states_are_refused(llama):
     ids = prompt(1)["input_ids"]
     llama(ids, past_key_values=dense)
     with spectral(llama, layer_weights="equal"), pytest.raises(ValueError, match="computed without compression"): llama(ids[:, -1:], past_key_values=dense)
+
+
+def test_an_empty_cache_of_transformers_is_not_lost_in_silence(llama):
+    "A loop by hand that counts on its DynamicCache being filled in place; `generate` reads the whole prompt again."
+    ids, cache = prompt(1)["input_ids"], DynamicCache(config=llama.config)
+    want = generate(llama, prompt(1)).sequences
+    with torch.no_grad(), spectral(llama, spectral_config=lossless(llama)):
+        assert isinstance(llama(ids[:, :-1], past_key_values=cache).past_key_values, SpectralCache)
+        with pytest.raises(ValueError, match="this DynamicCache comes a second time and is empty"): llama(ids[:, -1:], past_key_values=cache)
+        for _ in range(2): assert torch.equal(generate(llama, prompt(1), past_key_values=cache).sequences, want)
+
+
+def test_a_generation_config_by_position(llama):
+    ids = prompt(1)["input_ids"]
+    for wish in (dict(cache_implementation="static"), dict(use_cache=False)):
+        config = GenerationConfig(max_new_tokens=NEW, do_sample=False, **wish)
+        want = llama.generate(ids, config)
+        with spectral(llama, spectral_config=lossless(llama)) as patched: assert torch.equal(llama.generate(ids, config), want)
+        assert patched.decode == [NEW - 1 if wish.get("use_cache", True) else 0] * 2
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_patch_inside_a_context_ends_with_it(llama, outer):
+    want = generate(llama, prompt(1)).sequences
+    if outer: first = patch_unsloth_attention(llama, spectral_config=lossless(llama))
+    with spectral(llama, spectral_config=lossless(llama), use_spectral_attention=not outer): patch_unsloth_attention(llama, spectral_config=lossless(llama), use_spectral_attention=outer)
+    assert llama.__dict__.get("_spectral_patch") is (first if outer else None) and llama.config._attn_implementation == ("spectral" if outer else "eager")
+    assert torch.equal(generate(llama, prompt(1)).sequences, want)
 
 
 def test_cache_that_stands_still_raises(llama, monkeypatch):
