@@ -7,14 +7,14 @@ __all__ = ['REFUSED', 'BACKENDS', 'LISTENERS', 'softmax_attention', 'causal_mask
            'padding_of', 'spectral_attention_forward', 'output_gram', 'sampled_rows', 'sample_queries',
            'prompt_importance']
 
-# %% ../nbs/04_attention.ipynb #fed5f11d
+# %% ../nbs/04_attention.ipynb #2ec08848
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .cache import CompressedStates, SpectralLayer
+from .cache import CompressedStates, SpectralLayer, left_padding
 from .spectral import Sample
 
 # %% ../nbs/04_attention.ipynb #ae73adb8
@@ -112,7 +112,7 @@ def backend(
     if kernel == "triton" and kernel not in BACKENDS: raise ValueError("kernel='triton' needs the kernels: import spectral_nb.kernels first")
     return attend if kernel == "torch" else BACKENDS.get("triton", attend)
 
-# %% ../nbs/04_attention.ipynb #398e27a1
+# %% ../nbs/04_attention.ipynb #d9d64895
 def padding_of(
     attention_mask:Tensor|None, # `[B, 1, q_len, kv_len]` of a prompt
 ) -> Tensor|None: # `[B]` tokens, None without padding
@@ -120,13 +120,13 @@ def padding_of(
     if attention_mask is None: return None
     last = attention_mask[:, 0, -1]
     seen = last if last.dtype == torch.bool else last > torch.finfo(torch.float16).min / 2
-    padding = seen.int().argmax(-1)
+    padding = left_padding(seen)
     return padding if padding.any() else None
 
 # %% ../nbs/04_attention.ipynb #b40d0d47
 LISTENERS = [] # Called with a module, its queries **post-RoPE** `[B, heads, n, D]`, its output before the projection `[B, n, heads, Dv]`, scaling and softcap
 
-# %% ../nbs/04_attention.ipynb #6b517e81
+# %% ../nbs/04_attention.ipynb #cd5d91b0
 def spectral_attention_forward(
     module, # Attention module of the model
     query:Tensor, # **post-RoPE** `[B, heads, q_len, D]`
@@ -154,6 +154,7 @@ def spectral_attention_forward(
         layer.reset()
         attention_mask = None if attention_mask is None else attention_mask[..., -query.shape[2]:]
     layer.observe(sample_queries(module, query, layer.get_seq_length(), scaling, softcap, groups=query.shape[1] // key_states.shape[1]) if layer.wants_queries else None)
+    if query.shape[2] > 1 and layer.get_seq_length() and layer.padding is not None: layer.more_padding(padding_of(attention_mask))
     if layer.get_seq_length(): out, received = backend(layer.config.kernel)(layer, query, key_states, value_states, attention_mask, scaling, softcap)
     else:
         if layer.padding is None: layer.padding = padding_of(attention_mask)

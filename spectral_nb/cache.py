@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCARCE_KEYS', 'LEAST', 'OUTGROWN', 'CompressedStates', 'Ledger', 'HotTier', 'to_int8', 'later', 'CacheOf',
-           'SpectralLayer', 'largest', 'check_finite', 'freeze_page', 'fixed_nbytes', 'tokens_to_code', 'token_weights',
-           'rows_to_fit', 'what_stays', 'code_prompt', 'fit_layers', 'SpectralCache']
+           'SpectralLayer', 'largest', 'check_finite', 'freeze_page', 'left_padding', 'fixed_nbytes', 'tokens_to_code',
+           'token_weights', 'rows_to_fit', 'what_stays', 'code_prompt', 'fit_layers', 'SpectralCache']
 
 # %% ../nbs/03_cache.ipynb #fd7121ba
 import math
@@ -426,6 +426,26 @@ def freeze_page(
     add_pages([o for stores, *_ in coded for o in stores], [p for _, pages, _ in coded for p in pages], torch.cat([e.to(first) for *_, e in coded]))
     for l, r in rest: vars(l.hot).update(r, n=l.hot_length - n)
 
+# %% ../nbs/03_cache.ipynb #58c59f40
+def left_padding(
+    seen:Tensor, # `[B, n]`, not 0 where a token is attended to
+) -> Tensor: # `[B]` tokens
+    "Padding on the left of each row: all of a row of nothing else."
+    return torch.where((seen != 0).any(-1), (seen != 0).int().argmax(-1), seen.shape[-1])
+
+# %% ../nbs/03_cache.ipynb #d0ec68f6
+@patch
+def more_padding(self:SpectralLayer,
+    padding:Tensor|None, # Of each row, as the mask of a later call has it `[B]`
+):
+    "Correct the padding of rows of which there was nothing else so far. Waits for the device."
+    if padding is None or self.padding is None: return
+    late = self.padding_per_row() >= self.get_seq_length()
+    if not late.any(): return
+    self.padding = torch.where(late, padding.to(self.device), self.padding_per_row())
+    first = self.padding[:, None] + torch.arange(self.config.landmark_count, device=self.device)
+    self.landmark_slots = torch.cat([first, self.landmark_slots[:, first.shape[1]:]], 1)
+
 # %% ../nbs/03_cache.ipynb #cef23d70
 @patch
 def add_landmarks(self:SpectralLayer,
@@ -714,7 +734,7 @@ def fit_layers(
                     for c in (s.keys, s.values): c.offset = c.offset[rows[key]]
             if begun := [o for o in stores if o.measured is None]: add_losses(begun); settle(begun)
 
-# %% ../nbs/03_cache.ipynb #d2ae2eb0
+# %% ../nbs/03_cache.ipynb #5a95f17e
 class SpectralCache(Cache):
     "A transformers cache of `SpectralLayer`s; sliding-window layers keep transformers' own layer, which holds no more than the window."
     def __init__(self,
@@ -729,7 +749,7 @@ class SpectralCache(Cache):
         text = config.get_text_config(decoder=True)
         rope_table(text)
         compressed = lambda: text._attn_implementation == "spectral"
-        padding = None if attention_mask is None else (attention_mask != 0).int().argmax(-1)
+        padding = None if attention_mask is None else left_padding(attention_mask)
         self.tables, layers, mine = {}, [], CacheOf(self)
         for i, layer in enumerate(DynamicCache(config=config).layers):
             if type(layer) is DynamicLayer:

@@ -22,7 +22,7 @@ from transformers import GenerationMixin
 
 from .attention import LISTENERS, attend, causal_mask, dense_attention, output_gram, padding_of, sampled_rows, softmax_attention
 from . import calibrate
-from .cache import CompressedStates, SpectralCache, SpectralLayer
+from .cache import CompressedStates, SpectralCache, SpectralLayer, left_padding
 from .codec import SpectralConfig
 from .rope import apply_rope, rope_table
 from .spectral import Sample
@@ -569,7 +569,7 @@ def coded_at_the_end(
     if full:
         with storing(): full[-1].on_full(full[-1])
 
-# %% ../nbs/06_integration.ipynb #e85dba11
+# %% ../nbs/06_integration.ipynb #5f8794db
 def _fast_forward(self, *args, **kwargs):
     "Stands for `forward` of a model on Unsloth's fast path."
     patched, stock = self._spectral
@@ -599,6 +599,7 @@ def _fast_forward(self, *args, **kwargs):
             with coded_at_the_end(cache.layers): return stock(**kwargs)
     else:
         cache.cache.outgrow(n)
+        if n > 1: patched.set_padding(cache, mask)
         if positions is None: kwargs["position_ids"] = patched.continued_positions(mask, B, n)
         kwargs["past_key_values"], run = cache, lambda: stock(**kwargs)
         if n == 1 and ids is not None:
@@ -617,14 +618,16 @@ def spare_mask(self:SpectralPatch, kwargs:dict, n:int):
     if self.text.model_type != "mistral" or kwargs.get("causal_mask") is not None or isinstance(window, int) and 0 < window < n: return
     if not getattr(importlib.import_module("unsloth.models.mistral"), "HAS_XFORMERS", False): kwargs["causal_mask"] = False
 
-# %% ../nbs/06_integration.ipynb #b9188a68
+# %% ../nbs/06_integration.ipynb #bcd15ff9
 @patch
 def set_padding(self:SpectralPatch, cache, mask:Tensor|None):
-    "Tell empty layers how many tokens on the left are padding."
+    "Tell layers how many tokens on the left are padding: empty ones, and those that had seen nothing else of a row."
     if not isinstance(mask, Tensor): return
-    padding = padding_of(mask) if mask.ndim == 4 else (mask != 0).int().argmax(-1)
+    padding = padding_of(mask) if mask.ndim == 4 else left_padding(mask)
     for layer in cache.layers:
-        if isinstance(layer, SpectralLayer) and layer.padding is None: layer.padding = padding
+        if not isinstance(layer, SpectralLayer): continue
+        if layer.get_seq_length(): layer.more_padding(padding)
+        elif layer.padding is None: layer.padding = padding
 
 @patch
 def continued_positions(self:SpectralPatch, mask:Tensor|None, B:int, n:int) -> Tensor: # `[B, n]`
@@ -651,7 +654,7 @@ def _cache_forward(self, *args, **kwargs):
         if past is not None: replace_once(past)
         past = kwargs["past_key_values"] = patched.new_cache()
     n = (ids if ids is not None else kwargs["inputs_embeds"]).shape[1]
-    if not past.get_seq_length(): patched.set_padding(past, kwargs.get("attention_mask"))
+    if n > 1 or not past.get_seq_length(): patched.set_padding(past, kwargs.get("attention_mask"))
     with storing() if torch.is_inference_mode_enabled() else nullcontext():
         try: return patched.call(lambda: stock(**kwargs), past, n)
         except RuntimeError as e:
