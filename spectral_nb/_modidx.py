@@ -124,6 +124,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'spectral_nb.cache.SpectralLayer.tensors': ('cache.html#spectrallayer.tensors', 'spectral_nb/cache.py'),
                                    'spectral_nb.cache.SpectralLayer.token_weight': ( 'cache.html#spectrallayer.token_weight',
                                                                                      'spectral_nb/cache.py'),
+                                   'spectral_nb.cache.SpectralLayer.unfit': ('cache.html#spectrallayer.unfit', 'spectral_nb/cache.py'),
                                    'spectral_nb.cache.SpectralLayer.update': ('cache.html#spectrallayer.update', 'spectral_nb/cache.py'),
                                    'spectral_nb.cache.SpectralLayer.update_attention_importance': ( 'cache.html#spectrallayer.update_attention_importance',
                                                                                                     'spectral_nb/cache.py'),

@@ -126,7 +126,7 @@ def padding_of(
 # %% ../nbs/04_attention.ipynb #b40d0d47
 LISTENERS = [] # Called with a module, its queries **post-RoPE** `[B, heads, n, D]`, its output before the projection `[B, n, heads, Dv]`, scaling and softcap
 
-# %% ../nbs/04_attention.ipynb #cd5d91b0
+# %% ../nbs/04_attention.ipynb #f330ea00
 def spectral_attention_forward(
     module, # Attention module of the model
     query:Tensor, # **post-RoPE** `[B, heads, q_len, D]`
@@ -139,6 +139,9 @@ def spectral_attention_forward(
     **kwargs,
 ) -> tuple[Tensor, None]: # Output `[B, q_len, heads, Dv]`, no weights
     "Attention function for transformers' `AttentionInterface`."
+    if isinstance(key, CompressedStates):
+        layer, (key_states, value_states) = key.layer, key.layer.pending
+        layer.pending = None # whatever is refused below
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None: raise ValueError(f"attention implementation 'spectral' does not support {what} ({name}); call model.set_attn_implementation('eager')")
     if kwargs.get("output_attentions"): raise ValueError("attention implementation 'spectral' returns no weights; call model.set_attn_implementation('eager') for output_attentions=True")
@@ -147,8 +150,6 @@ def spectral_attention_forward(
         out = dense_attention(module, query, key, value, attention_mask, scaling, softcap, dropout, **kwargs)
         for f in LISTENERS: f(module, query, out, scaling, softcap)
         return out, None
-    layer, (key_states, value_states) = key.layer, key.layer.pending
-    layer.pending = None
     positions = kwargs.get("position_ids")
     if query.shape[2] > 1 and layer.get_seq_length() and positions is not None and positions.ndim < 3 and layer.restarts(positions):
         layer.reset()

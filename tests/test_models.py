@@ -172,6 +172,9 @@ def test_unsupported_attention_features_are_refused():
     model = tiny_model("llama")
     model.set_attn_implementation("spectral")
     with pytest.raises(ValueError, match="eager"): spectral_attention_forward(model.model.layers[0].self_attn, *torch.ones(3, 1, 2, 1, 8), None, output_attentions=True)
+    cache, ids = lossless(model), prompt(1)["input_ids"]
+    with pytest.raises(ValueError, match="eager"): model(ids, past_key_values=cache, output_attentions=True)
+    assert cache.get_seq_length() == 0 and torch.equal(model(ids, past_key_values=cache).logits, model(ids).logits) # nothing is left of the call that was refused
     model.set_attn_implementation("eager")
 
 

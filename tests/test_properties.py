@@ -117,3 +117,23 @@ def test_padding_enters_no_basis(case):
     two = fill(config, table, torch.where(seen, keys, 50 * keys), torch.where(seen, values, 50 * values), [], padding)
     for a, b in zip(one.get_kv(), two.get_kv()):
         torch.testing.assert_close(torch.where(seen, a, 0), torch.where(seen, b, 0), atol=2e-2, rtol=2e-2)
+
+
+def test_landmarks_that_come_in_several_pages():
+    "Also where a page had fewer tokens than there are landmarks, and where tokens in their place were cropped; a token that is named twice, or is one of another row's first, counts once."
+    gen, D = torch.Generator().manual_seed(0), 16
+    table, config = RopeTable(1e4 ** (-torch.arange(0, D, 2) / D), D), SpectralConfig.lossless(D, block_size=16, hot_buffer_size=16, landmark_count=40)
+    keys, values, *new = torch.randn(4, 2, 2, 200, D, generator=gen)
+    layer = fill(config, table, keys, values, [35], None)
+    for a, b in zip(layer.get_kv(), (keys, values)): assert torch.equal(a[:, :, :40], b[:, :, :40])
+    layer.crop(-175)
+    layer.append(*new)
+    for a, b, c in zip(layer.get_kv(), (keys, values), new): assert torch.equal(a[:, :, :40], torch.cat([b[:, :, :25], c[:, :, :15]], 2))
+    layer = fill(SpectralConfig.lossless(D, block_size=16, hot_buffer_size=16), table, keys[:, :, :20], values[:, :, :20], [], torch.tensor([0, 6]))
+    layer.add_landmarks(torch.tensor([7, 12, 12]))
+    layer.append(keys[:, :, 20:], values[:, :, 20:])
+    q, k, v = torch.randn(3, 2, 2, 1, D, generator=gen)
+    K, V = (torch.cat(o, 2) for o in ((keys, k), (values, v)))
+    seen = (torch.arange(201) >= torch.tensor([[0], [6]]))[:, None, None]
+    want = torch.softmax((q @ K.mT * D ** -.5).masked_fill(~seen, -1e30), -1) @ V
+    torch.testing.assert_close(attend(layer, q, k, v, seen)[0], want.transpose(1, 2), atol=1e-4, rtol=1e-3)

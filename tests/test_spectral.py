@@ -196,6 +196,17 @@ def test_a_row_of_mostly_padding_is_coded_as_well_later(pad):
         assert error[1] < 1.5 * error[0] < .75, error
 
 
+@pytest.mark.parametrize("padding,settings", [([600], {}), ([600, 650], {}), (None, dict(landmark_count=256, hot_buffer_size=256))])
+def test_bases_wait_for_tokens_that_say_something(padding, settings):
+    "A prompt of little but padding, in all rows, or of landmarks is no measure of the tokens after it."
+    layer, keys, values = filled(B=len(padding or [0]), T=1400, bits=6., padding=padding and torch.tensor(padding), sample=False, **settings)
+    parts = SpectralLayer(layer.config, layer.table, padding=layer.padding)
+    for n in (slice(0, 700), *(slice(i, i + 1) for i in range(700, 1400))): parts.append(keys[:, :, n], values[:, :, n])
+    assert len(parts.cold) >= 1024
+    for i, pad in enumerate(padding or [0]):
+        for got, want in zip(parts.get_kv(), (keys, values)): assert (got - want)[i, :, pad:].norm() < .2 * want[i, :, pad:].norm()
+
+
 def test_no_token_has_to_stay_exact():
     "A prompt of whole pages goes cold to its last token."
     layer, keys, _ = filled(T=512, hot_buffer_size=0)
@@ -237,7 +248,7 @@ def test_layers_code_a_page_together(padded):
     "What a cache codes for all layers at once is what each would code alone; a layer that takes no tokens holds the others up for one page only."
     from transformers import LlamaConfig
     config = LlamaConfig(vocab_size=64, hidden_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=64)
-    gen, mask = torch.Generator().manual_seed(0), torch.cat([torch.zeros(1, 200 if padded else 0), torch.ones(1, 700 - (200 if padded else 0))], 1)
+    gen, mask = torch.Generator().manual_seed(0), torch.cat([torch.zeros(1, 80 if padded else 0), torch.ones(1, 700 - (80 if padded else 0))], 1)
     cache = SpectralCache(config, attention_mask=mask, bits=1.5, drift=1e6)
     states = torch.randn(3, 2, 1, 2, 1100, 64, generator=gen) * torch.stack([torch.logspace(.5, -i, 64) for i in (0, 1, 3)])[:, None, None, None, None]
     for layer, (k, v) in zip(cache.layers, states): layer.append(k[:, :, :600], v[:, :, :600])
