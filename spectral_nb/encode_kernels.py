@@ -7,7 +7,7 @@ __all__ = ['encoder', 'byte_table', 'encode', 'by_dimension', 'factors', 'addres
            'invert_bases', 'pseudo_inverses', 'copy_rows', 'query_attends', 'query_shares', 'query_feels',
            'query_moments', 'state_moments', 'try_steps', 'Seen', 'finite', 'Encoder', 'agree']
 
-# %% ../nbs/05c_encode_kernels.ipynb #5fca82e1
+# %% ../nbs/05c_encode_kernels.ipynb #462056b1
 import warnings
 from contextlib import nullcontext
 from functools import lru_cache, partial
@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels import interpreted, jit, tl, triton, tuning_for
+from .kernels import interpreted, jit, stream_of, tl, triton, tuning_for
 from .spectral import GROUP, KEY_BYTES, PAGE, Coded, Layout, Quantizer, analysis_together, code_together, joined, parts_of, planes_of, stacked
 
-# %% ../nbs/05c_encode_kernels.ipynb #0381f9cb
+# %% ../nbs/05c_encode_kernels.ipynb #801575fd
 @lru_cache(16) # a megabyte each
 def byte_table(
     layouts:tuple[Layout, ...], # Of several layers
     by_byte:bool, # Values; keys are filled up to a multiple of `KEY_BYTES`
     device:torch.device,
+    stream:int=0, # `stream_of` the device: another may come to the copies before they are done
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]: # Largest codes and unit of the lower plane float32 `[layers, 2, rank]`, places float16 `[layers, 2, rank, bytes]`, ranks and widths int32 `[layers, 2]`, widths
     "How codes become the bytes of a token."
     widths = tuple(l.nbytes if by_byte else -(-l.nbytes // KEY_BYTES) * KEY_BYTES for l in layouts)
@@ -171,7 +172,7 @@ def _even(
     fine = len({t.stride() for t in tensors}) == 1 and not any(s % 16 for s in tensors[0].stride()[:3]) and addresses(tensors)
     return tensors if fine else _whole(tensors)
 
-# %% ../nbs/05c_encode_kernels.ipynb #fa6836c8
+# %% ../nbs/05c_encode_kernels.ipynb #14c06dce
 def launch(
     x:list[Tensor], # States of each layer `[B, H, n, D]`, last dimension contiguous
     layouts:tuple[Layout, ...], # Of each layer
@@ -188,7 +189,7 @@ def launch(
     "One launch. States, weights, bases and pages of layers lie where they may: the kernel is given their addresses."
     N, (B, H, n, D), x, (basis, scale) = len(x), x[0].shape, _even(x), map(_whole, (basis, scale))
     dev, dtype, pages, later = x[0].device, x[0].dtype, n // PAGE, offset is not None
-    levels, places, sizes, widths = byte_table(layouts, by_byte, dev)
+    levels, places, sizes, widths = byte_table(layouts, by_byte, dev, stream_of(dev))
     T = 16 if small or D > 128 or dtype == torch.float32 else PAGE
     tiles = n // T
     out = [torch.empty(B, H, pages, PAGE * width, dtype=torch.uint8, device=dev) for width in widths]
@@ -223,7 +224,7 @@ def invert_factor(X, OUT, D: tl.constexpr, DP: tl.constexpr):
     a = tl.where(same, 1., tl.where(i[:, None] > i[None, :], a, 0.)) * pivot[:, None] * size[None, :]
     tl.store(OUT + tl.program_id(0).to(tl.int64) * D * D + i[:, None] * D + i[None, :], a, mask=inside)
 
-# %% ../nbs/05c_encode_kernels.ipynb #17adae9a
+# %% ../nbs/05c_encode_kernels.ipynb #8ac923ab
 @jit
 def invert_bases(BASIS, SCALE, OFFSET, SIZES, WHERE, OUT, BIAS, rank: int, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr):
     "What turns states of one layer and head into codes before rounding, and what is added then."
@@ -260,7 +261,7 @@ def pseudo_inverses(
     if D > 128 or tuning_for(dev).gemv:
         analysis = analysis_together(coded)[3]
         return analysis, (analysis @ -offset.mT).mT
-    levels, _, sizes, _ = byte_table(layouts, coded[0].by_byte, dev)
+    levels, _, sizes, _ = byte_table(layouts, coded[0].by_byte, dev, stream_of(dev))
     basis, scale, rank = _whole([c.basis for c in coded]), _whole([c.scale for c in coded]), levels.shape[2]
     analysis, bias = (torch.empty(B, H, N, *s, device=dev) for s in ((rank, D), (1, rank)))
     where = torch.tensor([(0, 0, 0, *pair) for pair in zip(addresses(basis), addresses(scale))]).to(dev, non_blocking=True)

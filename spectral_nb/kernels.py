@@ -607,7 +607,7 @@ def rotary_pairs(
     turning = torch.arange(r).view(-1, 2).T if table.interleaved else torch.arange(r).view(2, -1)
     return torch.cat([turning, torch.arange(r, d).view(2, -1)], 1).flatten().to(torch.int32)
 
-# %% ../nbs/05_kernels.ipynb #350885b6
+# %% ../nbs/05_kernels.ipynb #29254282
 _anchors = weakref.WeakKeyDictionary()
 
 def anchor_table(
@@ -615,14 +615,14 @@ def anchor_table(
     pages:int,
     device:torch.device,
 ) -> tuple[Tensor, Tensor]: # float32 `[>= pages, 2, head_dim / 2]`, and `rotary_pairs`
-    "Cosines and sines at the anchors of pages, kept with the table and made longer when needed."
-    tables = _anchors.setdefault(table, {})
-    if device not in tables or len(tables[device][0]) < pages:
+    "Cosines and sines at the anchors of pages, kept with the table and made longer when needed; of each stream, as another may come to them before they are made."
+    tables, key = _anchors.setdefault(table, {}), (device, stream_of(device))
+    if key not in tables or len(tables[key][0]) < pages:
         n = max(64, 2 * pages)
         cos, sin = table.rows(torch.arange(n, device=device) * PAGE + PAGE // 2)
         still = (table.head_dim - table.rotary_dim) // 2
-        tables[device] = torch.stack([torch.nn.functional.pad(cos, (0, still), value=1.), torch.nn.functional.pad(sin, (0, still))], 1).contiguous(), rotary_pairs(table).to(device)
-    return tables[device]
+        tables[key] = torch.stack([torch.nn.functional.pad(cos, (0, still), value=1.), torch.nn.functional.pad(sin, (0, still))], 1).contiguous(), rotary_pairs(table).to(device)
+    return tables[key]
 
 # %% ../nbs/05_kernels.ipynb #07f8a2a6
 _streams = threading.local()
@@ -694,14 +694,14 @@ def tuning_for(
     if device.type != "cuda": return Tuning()
     return Tuning(multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count, prepare_registers=(160, 128) if torch.cuda.get_device_capability(device) == (9, 0) else None)
 
-# %% ../nbs/05_kernels.ipynb #a70b6bf1
+# %% ../nbs/05_kernels.ipynb #c75eb451
 def _power(n): return 1 << max(0, n - 1).bit_length()
 
 @lru_cache
-def _numbers(device:torch.device): return torch.arange(1024, dtype=torch.int32, device=device)[:, None].repeat(1, 4) # each at an address that 16 divides
+def _numbers(device:torch.device, stream:int): return torch.arange(1024, dtype=torch.int32, device=device)[:, None].repeat(1, 4) # each at an address that 16 divides
 
 @lru_cache(maxsize=2048)
-def _number(n:int, device:torch.device): return _numbers(device)[n] if n < 1024 else torch.tensor([n], dtype=torch.int32, device=device)
+def _number(n:int, device:torch.device, stream:int): return _numbers(device, stream)[n] if n < 1024 else torch.tensor([n], dtype=torch.int32, device=device)
 
 def key_norm(
     keys:Coded,
@@ -910,7 +910,7 @@ def plan_launches(
         first += pages
     return out
 
-# %% ../nbs/05_kernels.ipynb #c273687d
+# %% ../nbs/05_kernels.ipynb #a1311a6a
 def _write_launch(tier:HotTier, step:dict[str, Tensor]):
     B, H, _, D = step["key"].shape
     args = [step["key"], step["value"], tier.keys, tier.values, tier.keys_scale, tier.values_scale, step["length"], tier.keys.shape[2]]
@@ -918,7 +918,7 @@ def _write_launch(tier:HotTier, step:dict[str, Tensor]):
 
 def _length(tier:HotTier, at:int, device): # Tokens before this one, on the device
     if counters and tier in counters: return counters[tier]
-    return _number(at, device)
+    return _number(at, device, stream_of(device))
 
 # %% ../nbs/05_kernels.ipynb #315e755d
 def decode_attention(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import CASES, case
-from spectral_nb import attention, kernels
+from spectral_nb import attention, encode_kernels, kernels
 
 HERE, NAMES = Path(__file__).parent, list(CASES)
 needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
@@ -173,3 +173,15 @@ def test_a_graph_decodes_like_single_steps():
 def test_a_graph_on_a_gpu(tmp_path):
     if not torch.cuda.is_available(): pytest.skip("needs a CUDA device; not run yet in this form")
     run("graph_gpu.py", tmp_path / "graph.json")
+
+
+def test_streams_read_tables_of_their_own(monkeypatch):
+    "A table that one stream is still waiting for is not read by another."
+    layer, _, k, v, *_ = case(T=300)
+    coded, dev, found = [layer.cold.segments[0].keys], k.device, []
+    monkeypatch.setattr(encode_kernels, "invert_bases", {(2,): lambda basis, scale, offset, sizes, *args, **kwargs: found.append(sizes)})
+    for stream in (1, 2, 1):
+        for module in (kernels, encode_kernels): monkeypatch.setattr(module, "stream_of", lambda _: stream)
+        encode_kernels.pseudo_inverses(coded, torch.stack([c.offset for c in coded], 2))
+        found += kernels.anchor_table(layer.table, 3, dev) + (kernels._length(layer.hot, 3, dev),)
+    for a, b, c in zip(found[:4], found[4:8], found[8:]): assert a is c and a is not b and torch.equal(a, b)
