@@ -126,7 +126,7 @@ def padding_of(
 # %% ../nbs/04_attention.ipynb #b40d0d47
 LISTENERS = [] # Called with a module, its queries **post-RoPE** `[B, heads, n, D]`, its output before the projection `[B, n, heads, Dv]`, scaling and softcap
 
-# %% ../nbs/04_attention.ipynb #f330ea00
+# %% ../nbs/04_attention.ipynb #a045de5d
 def spectral_attention_forward(
     module, # Attention module of the model
     query:Tensor, # **post-RoPE** `[B, heads, q_len, D]`
@@ -151,7 +151,7 @@ def spectral_attention_forward(
         for f in LISTENERS: f(module, query, out, scaling, softcap)
         return out, None
     positions = kwargs.get("position_ids")
-    if query.shape[2] > 1 and layer.get_seq_length() and positions is not None and positions.ndim < 3 and layer.restarts(positions):
+    if query.shape[2] > 1 and layer.get_seq_length() and positions is not None and positions.ndim < 3 and layer.restarts(positions, attention_mask):
         layer.reset()
         attention_mask = None if attention_mask is None else attention_mask[..., -query.shape[2]:]
     layer.observe(sample_queries(module, query, layer.get_seq_length(), scaling, softcap, groups=query.shape[1] // key_states.shape[1]) if layer.wants_queries else None)

@@ -330,16 +330,26 @@ def append(self:SpectralLayer,
     if over and self.cold.ready: self.freeze(over) if alone else self.on_page(self)
     elif not self.cold.ready and self.hot_length >= (least := max(self.config.fit_length, self.config.hot_buffer_size + self.cold.page)) and self.hot_length - self.unfit >= least: self.on_full(self)
 
-# %% ../nbs/03_cache.ipynb #dc6a62ac
+# %% ../nbs/03_cache.ipynb #e00e51bd
 @patch
 def restarts(self:SpectralLayer,
     position_ids:Tensor, # Positions of new tokens, `[n]` or `[B, n]`
+    attention_mask:Tensor|None=None, # `[B or 1, 1, n, kv]` bool or additive: tokens that do not see themselves are padding, whose positions say nothing
 ) -> bool:
     "Whether a sequence starts again from position 0; positions that are negative or go back to another token raise a `ValueError`."
     if (position_ids < 0).any(): raise ValueError(f"position_ids must not be negative, got {position_ids.min().item()}")
     if not self.get_seq_length(): return False
-    first = position_ids[..., 0].reshape(-1)
-    if (first > self.get_all_positions()[:, -1].to(first.device)).all(): return False
+    first, last = position_ids[..., 0].reshape(-1), self.get_all_positions()[:, -1].to(position_ids.device)
+    if attention_mask is not None:
+        n, past, rows = position_ids.shape[-1], self.get_seq_length(), torch.arange(len(last), device=last.device)
+        seen = attention_mask[:, 0, :, :past + n].expand(len(last), -1, -1)
+        if seen.dtype != torch.bool: seen = seen > torch.finfo(torch.float16).min / 2
+        text = seen[..., past:].diagonal(dim1=1, dim2=2)
+        if text.any():
+            at = text.int().argmax(-1)
+            last = seen[rows, at, :past].sum(-1) - 1
+            first = torch.where(text.any(-1), position_ids.expand(len(last), -1)[rows, at], last + 1)
+    if (first > last).all(): return False
     if (first > 1).any(): raise ValueError(f"position_ids go back to {first.min().item()} while {self.get_seq_length()} tokens are held; call crop() or reset() first")
     return True
 

@@ -84,6 +84,28 @@ def test_turns_sampling_and_prompt_lookup(llama):
     for a, b in zip(want, got): assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("early, late", [((0, 10, 0), (0, 0, 0)), ((3, 12, 5), (3, 9, 20))])
+def test_turns_of_rows_that_end_early_or_begin_late(llama, early, late):
+    "Padding between turns, also where every row has it: no sequence that starts again."
+    first, second = prompt(3, 120), prompt(3, 60, seed=1, padding=late)
+    def turns():
+        one = generate(llama, first, max_new_tokens=20)
+        said = (torch.arange(20) < 20 - torch.tensor(early)[:, None]).long()
+        inputs = dict(input_ids=torch.cat([one.sequences, second["input_ids"]], 1), attention_mask=torch.cat([first["attention_mask"], said, second["attention_mask"]], 1))
+        return generate(llama, inputs, past_key_values=one.past_key_values)
+    want = turns()
+    with spectral(llama, spectral_config=lossless(llama)): got = turns()
+    assert got.past_key_values.get_seq_length() == want.past_key_values.get_seq_length() and torch.equal(got.sequences, want.sequences)
+
+
+@pytest.mark.parametrize("spectral_attention", [True, False])
+def test_chunks_of_nothing_but_padding(llama, spectral_attention):
+    inputs = prompt(3)
+    want = generate(llama, inputs).sequences
+    with spectral(llama, spectral_config=lossless(llama), use_spectral_attention=spectral_attention): got = generate(llama, inputs, prefill_chunk_size=29)
+    assert torch.equal(got.sequences, want)
+
+
 def test_loop_by_hand(llama):
     ids = prompt(1)["input_ids"]
     with torch.no_grad():
