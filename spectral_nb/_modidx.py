@@ -56,6 +56,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'spectral_nb/cache.py'),
                                    'spectral_nb.cache.SpectralCache.__repr__': ( 'cache.html#spectralcache.__repr__',
                                                                                  'spectral_nb/cache.py'),
+                                   'spectral_nb.cache.SpectralCache.check_in_step': ( 'cache.html#spectralcache.check_in_step',
+                                                                                      'spectral_nb/cache.py'),
                                    'spectral_nb.cache.SpectralCache.code_page': ( 'cache.html#spectralcache.code_page',
                                                                                   'spectral_nb/cache.py'),
                                    'spectral_nb.cache.SpectralCache.dense_nbytes': ( 'cache.html#spectralcache.dense_nbytes',

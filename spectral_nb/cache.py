@@ -755,7 +755,7 @@ def fit_layers(
                     for c in (s.keys, s.values): c.offset = c.offset[rows[key]]
             if begun := [o for o in stores if o.measured is None]: add_losses(begun); settle(begun)
 
-# %% ../nbs/03_cache.ipynb #5a95f17e
+# %% ../nbs/03_cache.ipynb #18fac64b
 class SpectralCache(Cache):
     "A transformers cache of `SpectralLayer`s; sliding-window layers keep transformers' own layer, which holds no more than the window."
     def __init__(self,
@@ -791,8 +791,15 @@ class SpectralCache(Cache):
         for o in self.spectral_layers if n > 1 else ():
             if o.config.coding == "spectral" and o.config.bits is None and o.cold.ready and o.get_seq_length() + n >= OUTGROWN * o.cold.fitted: o.cold.drifted = 2
 
+    def check_in_step(self):
+        "Before a call: raise a `RuntimeError` where an earlier one was stopped between layers."
+        held = {o.get_seq_length() for o in self.layers}
+        if len(held) > 1 or any(o.pending for o in self.spectral_layers):
+            raise RuntimeError(f"an earlier call was stopped midway: layers hold {min(held)} to {max(held)} tokens, and what follows would not be what the model says. Call reset() on the cache, and read the text again")
+
     def update(self, key_states:Tensor, value_states:Tensor, layer_idx:int, *args, **kwargs):
         "As in transformers."
+        if not layer_idx: self.check_in_step()
         if key_states.shape[2] > 1 and not any(isinstance(o, SpectralLayer) for o in self.layers[:layer_idx]): self.outgrow(key_states.shape[2]) # before any layer has taken them
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 

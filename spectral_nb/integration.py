@@ -569,7 +569,7 @@ def coded_at_the_end(
     if full:
         with storing(): full[-1].on_full(full[-1])
 
-# %% ../nbs/06_integration.ipynb #5f8794db
+# %% ../nbs/06_integration.ipynb #35ab5e3f
 def _fast_forward(self, *args, **kwargs):
     "Stands for `forward` of a model on Unsloth's fast path."
     patched, stock = self._spectral
@@ -598,6 +598,7 @@ def _fast_forward(self, *args, **kwargs):
         def run():
             with coded_at_the_end(cache.layers): return stock(**kwargs)
     else:
+        cache.cache.check_in_step()
         cache.cache.outgrow(n)
         if n > 1: patched.set_padding(cache, mask)
         if positions is None: kwargs["position_ids"] = patched.continued_positions(mask, B, n)

@@ -143,6 +143,24 @@ def test_restart_without_reset():
     model.set_attn_implementation("eager")
 
 
+@pytest.mark.parametrize("attn", ["spectral", "sdpa"])
+def test_a_call_that_was_stopped_midway(attn):
+    "What some layers have taken and others have not is no state to go on from; a reset is."
+    model, ids = tiny_model("llama"), prompt(1)["input_ids"]
+    model.set_attn_implementation(attn)
+    def stop(*args): raise KeyboardInterrupt
+    cache = lossless(model)
+    with torch.no_grad():
+        for part in (ids, ids[:, :1]): # the prompt, and a step of decoding
+            hook = model.model.layers[0].mlp.register_forward_hook(stop)
+            with pytest.raises(KeyboardInterrupt): model(part, past_key_values=cache)
+            hook.remove()
+            with pytest.raises(RuntimeError, match="stopped midway: layers hold"): model(ids[:, :1], past_key_values=cache)
+            cache.reset()
+            model(ids, past_key_values=cache)
+    model.set_attn_implementation("eager")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_and_autocast(dtype):
     model = tiny_model("llama")

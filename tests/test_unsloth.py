@@ -757,6 +757,22 @@ def test_bypassed_decode_raises(llama):
         with pytest.raises(RuntimeError, match="layer 0 holds 150 tokens after 1 new ones, and held 150 before: decoding did not reach"): generate(llama, prompt(1))
 
 
+@pytest.mark.parametrize("plan", ["A", "B"])
+def test_a_call_that_was_stopped_midway(llama, plan, monkeypatch):
+    "A cache of which some layers have taken a token and others have not is refused; a new one is not touched by it."
+    want, inputs = generate(llama, prompt(1)), prompt(1)
+    with spectral(llama, spectral_config=lossless(llama), plan=plan) as patched:
+        cache, count = patched.new_cache(), I.SpectralPatch.count
+        def stop(self, idx, tokens, layer, *args):
+            count(self, idx, tokens, layer, *args)
+            if idx == 0 and layer.get_seq_length() == 160: raise KeyboardInterrupt
+        monkeypatch.setattr(I.SpectralPatch, "count", stop)
+        with pytest.raises(KeyboardInterrupt): generate(llama, inputs, past_key_values=cache)
+        monkeypatch.setattr(I.SpectralPatch, "count", count)
+        with pytest.raises(RuntimeError, match="stopped midway: layers hold 159 to 160"): generate(llama, dict(input_ids=want.sequences[:, :165]), past_key_values=cache)
+        assert torch.equal(generate(llama, inputs).sequences, want.sequences)
+
+
 def test_replaced_forward_raises(llama):
     with spectral(llama):
         llama.__dict__["forward"] = llama._spectral[1]
