@@ -7,11 +7,12 @@ __all__ = ['NO_SLOT', 'SCARCE_KEYS', 'LEAST', 'OUTGROWN', 'CompressedStates', 'L
            'SpectralLayer', 'largest', 'check_finite', 'freeze_page', 'left_padding', 'fixed_nbytes', 'tokens_to_code',
            'token_weights', 'rows_to_fit', 'what_stays', 'code_prompt', 'fit_layers', 'SpectralCache']
 
-# %% ../nbs/03_cache.ipynb #fd7121ba
+# %% ../nbs/03_cache.ipynb #0a0d99a0
 import math
 import warnings
 import weakref
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -294,13 +295,13 @@ def check_finite(
     "Raise a `ValueError` for states that cannot be coded. Waits for the device."
     if not np.isfinite(most.tolist()).all(): raise not_finite(len(layer.cold))
 
-# %% ../nbs/03_cache.ipynb #ae3b9e45
+# %% ../nbs/03_cache.ipynb #e457585c
 @patch(as_prop=True)
 def unfit(self:SpectralLayer) -> int: # Oldest hot tokens
-    "Tokens that say nothing of those to come: padding of all rows, and whole pages of landmarks. Waits for the device when the padding is another than at the last call."
+    "Tokens that say nothing of those to come, by the page: padding of all rows, and pages of landmarks. Waits for the device when the padding is another than at the last call."
     held = vars(self).get("_least_padding")
     if held is None or held[0] is not self.padding: held = self._least_padding = self.padding, 0 if self.padding is None else int(self.padding.min())
-    return max(0, held[1] + self.config.landmark_count // PAGE * PAGE - len(self.cold))
+    return max(0, (-(-held[1] // PAGE) + self.config.landmark_count // PAGE) * PAGE - len(self.cold))
 
 # %% ../nbs/03_cache.ipynb #002a7d09
 @patch
@@ -523,7 +524,7 @@ def update_attention_importance(self:SpectralLayer,
     n = min(received.shape[2], self.importance.shape[2])
     self.importance[:, :, self.importance.shape[2] - n:] += received[:, :, received.shape[2] - n:]
 
-# %% ../nbs/03_cache.ipynb #8363709a
+# %% ../nbs/03_cache.ipynb #f79995e5
 @patch
 @torch.inference_mode(False) # beam search calls this in inference mode, and later calls write into the results
 @torch.no_grad()
@@ -536,6 +537,7 @@ def map_(self:SpectralLayer,
     for name in ("landmark_keys", "landmark_values", "landmark_slots", "importance", "padding"):
         if getattr(self, name) is not None: setattr(self, name, f(getattr(self, name)))
     if self.position_offset is not None and len(self.position_offset) > 1: self.position_offset = f(self.position_offset)
+    if self.sample is not None: self.sample = replace(self.sample, queries=f(self.sample.queries))
     self.cold.map_(f)
 
 # %% ../nbs/03_cache.ipynb #52e265fe

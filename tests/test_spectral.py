@@ -196,15 +196,15 @@ def test_a_row_of_mostly_padding_is_coded_as_well_later(pad):
         assert error[1] < 1.5 * error[0] < .75, error
 
 
-@pytest.mark.parametrize("padding,settings", [([600], {}), ([600, 650], {}), (None, dict(landmark_count=256, hot_buffer_size=256))])
+@pytest.mark.parametrize("padding,settings", [([600], {}), ([600, 650], {}), ([250], dict(fit_length=1)), (None, dict(landmark_count=256, hot_buffer_size=256))])
 def test_bases_wait_for_tokens_that_say_something(padding, settings):
     "A prompt of little but padding, in all rows, or of landmarks is no measure of the tokens after it."
     layer, keys, values = filled(B=len(padding or [0]), T=1400, bits=6., padding=padding and torch.tensor(padding), sample=False, **settings)
     parts = SpectralLayer(layer.config, layer.table, padding=layer.padding)
-    for n in (slice(0, 700), *(slice(i, i + 1) for i in range(700, 1400))): parts.append(keys[:, :, n], values[:, :, n])
+    for n in (slice(0, 400), *(slice(i, i + 1) for i in range(400, 1400))): parts.append(keys[:, :, n], values[:, :, n])
     assert len(parts.cold) >= 1024
     for i, pad in enumerate(padding or [0]):
-        for got, want in zip(parts.get_kv(), (keys, values)): assert (got - want)[i, :, pad:].norm() < .2 * want[i, :, pad:].norm()
+        for got, want in zip(parts.get_kv(), (keys, values)): assert (got - want)[i, :, pad:].norm() < .4 * want[i, :, pad:].norm()
 
 
 def test_no_token_has_to_stay_exact():
@@ -248,8 +248,8 @@ def test_layers_code_a_page_together(padded):
     "What a cache codes for all layers at once is what each would code alone; a layer that takes no tokens holds the others up for one page only."
     from transformers import LlamaConfig
     config = LlamaConfig(vocab_size=64, hidden_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=64, intermediate_size=64)
-    gen, mask = torch.Generator().manual_seed(0), torch.cat([torch.zeros(1, 80 if padded else 0), torch.ones(1, 700 - (80 if padded else 0))], 1)
-    cache = SpectralCache(config, attention_mask=mask, bits=1.5, drift=1e6)
+    gen, mask = torch.Generator().manual_seed(0), torch.cat([torch.zeros(1, 200 if padded else 0), torch.ones(1, 700 - (200 if padded else 0))], 1)
+    cache = SpectralCache(config, attention_mask=mask, bits=1.5, drift=1e6, fit_length=300)
     states = torch.randn(3, 2, 1, 2, 1100, 64, generator=gen) * torch.stack([torch.logspace(.5, -i, 64) for i in (0, 1, 3)])[:, None, None, None, None]
     for layer, (k, v) in zip(cache.layers, states): layer.append(k[:, :, :600], v[:, :, :600])
     cache.layers[1].add_landmarks(torch.tensor([650]))
@@ -302,6 +302,18 @@ def test_splits_crop_and_rows():
     layer.crop(-500)
     assert layer.get_seq_length() == 400
     torch.testing.assert_close(layer.get_kv()[0], before[0][[1, 1, 0], :, :400], atol=5e-2, rtol=5e-2)
+
+
+def test_queries_follow_their_rows():
+    "Queries that wait for bases to be fitted are those of the rows that there are."
+    layer, keys, values = filled(B=2, T=400)
+    rows, late = torch.tensor([1, 0, 1]), torch.randn(2, 3, 2, 200, 32, generator=torch.Generator().manual_seed(2))
+    other = SpectralLayer(layer.config, layer.table)
+    other.append(keys[rows], values[rows])
+    other.sample = layer.sample.of(rows)
+    layer.batch_select_indices(rows)
+    for o in (layer, other): o.append(*late)
+    assert len(layer.cold) and all(torch.equal(a, b) for a, b in zip(layer.get_kv(), other.get_kv()))
 
 
 def test_short_prompts_stay_exact_and_say_so():
