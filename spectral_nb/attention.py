@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFUSED', 'BACKENDS', 'LISTENERS', 'softmax_attention', 'causal_mask', 'dense_attention', 'attend', 'backend',
-           'padding_of', 'spectral_attention_forward', 'output_gram', 'sampled_rows', 'sample_queries',
-           'prompt_importance']
+           'without_backward', 'padding_of', 'spectral_attention_forward', 'output_gram', 'sampled_rows',
+           'sample_queries', 'prompt_importance']
 
 # %% ../nbs/04_attention.ipynb #2ec08848
 import torch
@@ -112,6 +112,21 @@ def backend(
     if kernel == "triton" and kernel not in BACKENDS: raise ValueError("kernel='triton' needs the kernels: import spectral_nb.kernels first")
     return attend if kernel == "torch" else BACKENDS.get("triton", attend)
 
+# %% ../nbs/04_attention.ipynb #7bed6b3e
+class _NoBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out, query): return out.view_as(out)
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("attention to a compressed cache gives no gradients: leave past_key_values out and pass use_cache=False, or labels, or call unpatch_unsloth_attention(model)")
+
+def without_backward(
+    out:Tensor, # Output of attention to a cache
+    query:Tensor, # Its queries
+) -> Tensor: # The same
+    "The output of an attention whose gradients are not known."
+    return _NoBackward.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
+
 # %% ../nbs/04_attention.ipynb #d9d64895
 def padding_of(
     attention_mask:Tensor|None, # `[B, 1, q_len, kv_len]` of a prompt
@@ -126,7 +141,7 @@ def padding_of(
 # %% ../nbs/04_attention.ipynb #b40d0d47
 LISTENERS = [] # Called with a module, its queries **post-RoPE** `[B, heads, n, D]`, its output before the projection `[B, n, heads, Dv]`, scaling and softcap
 
-# %% ../nbs/04_attention.ipynb #a045de5d
+# %% ../nbs/04_attention.ipynb #47a0a119
 def spectral_attention_forward(
     module, # Attention module of the model
     query:Tensor, # **post-RoPE** `[B, heads, q_len, D]`
@@ -156,7 +171,9 @@ def spectral_attention_forward(
         attention_mask = None if attention_mask is None else attention_mask[..., -query.shape[2]:]
     layer.observe(sample_queries(module, query, layer.get_seq_length(), scaling, softcap, groups=query.shape[1] // key_states.shape[1]) if layer.wants_queries else None)
     if query.shape[2] > 1 and layer.get_seq_length() and layer.padding is not None: layer.more_padding(padding_of(attention_mask))
-    if layer.get_seq_length(): out, received = backend(layer.config.kernel)(layer, query, key_states, value_states, attention_mask, scaling, softcap)
+    if layer.get_seq_length():
+        out, received = backend(layer.config.kernel)(layer, query, key_states, value_states, attention_mask, scaling, softcap)
+        out = without_backward(out, query)
     else:
         if layer.padding is None: layer.padding = padding_of(attention_mask)
         out = dense_attention(module, query, key_states, value_states, attention_mask, scaling, softcap, dropout, **kwargs)
@@ -189,7 +206,7 @@ def output_gram(
     W = W / size
     return (W.mT @ W).float() * size.float() ** 2
 
-# %% ../nbs/04_attention.ipynb #bf200017
+# %% ../nbs/04_attention.ipynb #e9d431b7
 def sampled_rows(
     n:int, # Queries of the call
     groups:int, # Query heads a key head
@@ -211,7 +228,7 @@ def sample_queries(
     at = sampled_rows(query.shape[2], groups, query.device)
     v_dim = getattr(module, "v_head_dim", query.shape[3])
     heads, device = query.shape[1], query.device
-    return Sample(query[:, :, at], start + at, lambda: output_gram(module, heads, v_dim, device), scaling, softcap) # made when it is needed
+    return Sample(query[:, :, at].detach(), start + at, lambda: output_gram(module, heads, v_dim, device), scaling, softcap) # made when it is needed
 
 # %% ../nbs/04_attention.ipynb #1939867f
 @torch.no_grad()

@@ -9,7 +9,7 @@ __all__ = ['log', 'FAST_TYPES', 'GENERATE_REFUSED', 'DECODE_ARGS', 'LOOP_ARGS', 
            'check_unsloth', 'clone_with', 'decode_forward', 'replace_once', 'coded_at_the_end', 'stand_in',
            'patch_unsloth_attention', 'unpatch_unsloth_attention', 'spectral']
 
-# %% ../nbs/06_integration.ipynb #5001f01c
+# %% ../nbs/06_integration.ipynb #e6f9eba1
 import copy, functools, importlib.util, inspect, logging, types, warnings
 from dataclasses import replace
 from collections import deque
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from .attention import LISTENERS, attend, causal_mask, dense_attention, output_gram, padding_of, sampled_rows, softmax_attention
+from .attention import LISTENERS, attend, causal_mask, dense_attention, output_gram, padding_of, sampled_rows, softmax_attention, without_backward
 from . import calibrate
 from .cache import CompressedStates, SpectralCache, SpectralLayer, left_padding
 from .codec import SpectralConfig
@@ -295,7 +295,7 @@ def mask_of(self:SpectralPatch, mask, n:int, kv:int, window:int|None=None, devic
     if held is None or held[0] is not mask or held[1] != (n, kv, window, device): held = self.step_mask = mask, (n, kv, window, device), keep_mask(mask, n, kv, window, device)
     return held[2]
 
-# %% ../nbs/06_integration.ipynb #6c9a506a
+# %% ../nbs/06_integration.ipynb #f335c77f
 @patch
 def attention(self:SpectralPatch,
     attn, # Attention module
@@ -324,6 +324,7 @@ def attention(self:SpectralPatch,
         window = None if isinstance(layer, SpectralLayer) else layer.sliding_window
         keep = self.mask_of(mask, n, kv, window, q.device)
         out = dense_attention(attn, q, keys, values, None if keep is None else keep[..., -keys.shape[2]:], attn.scaling, softcap)
+    out = without_backward(out, q)
     for f in LISTENERS: f(attn, q, out, attn.scaling, softcap)
     out = out.flatten(2)
     if out.dtype != hidden_states.dtype: out = out.to(hidden_states.dtype)

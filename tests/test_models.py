@@ -179,6 +179,20 @@ def test_half_precision_and_autocast(dtype):
     model.set_attn_implementation("eager")
 
 
+def test_no_gradients_are_no_silent_zeros():
+    "A prompt may be read without no_grad, copied and trained on; what attends to the cache has no gradients, and says so."
+    model, ids = tiny_model("llama"), prompt(1)["input_ids"]
+    model.set_attn_implementation("spectral")
+    cache = SpectralCache(model.config)
+    model(ids, past_key_values=cache)
+    copy.deepcopy(cache)
+    out = model(ids[:, :3], past_key_values=cache).logits
+    with pytest.raises(RuntimeError, match="gives no gradients"): out.sum().backward()
+    want, got = (torch.autograd.grad(model(ids, **kw).logits.square().sum(), model.model.layers[0].self_attn.k_proj.weight)[0] for kw in (dict(use_cache=False), dict(past_key_values=SpectralCache(model.config))))
+    torch.testing.assert_close(got, want)
+    model.set_attn_implementation("eager")
+
+
 def test_unknown_model_is_refused():
     from transformers import AutoConfig
     with pytest.raises(ValueError, match="'gpt2' is not supported; supported: cohere"): SpectralCache(AutoConfig.for_model("gpt2"))

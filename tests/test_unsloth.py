@@ -668,6 +668,16 @@ def test_own_cache_for_generate(llama):
     assert torch.equal(got.sequences, generate(llama, prompt(1)).sequences)
 
 
+@pytest.mark.parametrize("spectral_attention", [True, False])
+def test_no_gradients_are_no_silent_zeros(llama, spectral_attention):
+    ids = prompt(1)["input_ids"]
+    embeds = llama.get_input_embeddings()(ids).detach().requires_grad_()
+    with spectral(llama, spectral_config=lossless(llama), use_spectral_attention=spectral_attention):
+        past = llama(input_ids=ids[:, :100], use_cache=True).past_key_values
+        out = llama(inputs_embeds=embeds[:, 100:], past_key_values=past, use_cache=True)
+    with pytest.raises(RuntimeError, match="gives no gradients"): out.logits.sum().backward()
+
+
 def test_training_and_scoring_are_left_alone(llama):
     with spectral(llama) as patched:
         loss = llama(input_ids=prompt(1)["input_ids"], labels=prompt(1)["input_ids"], use_cache=False)
