@@ -644,7 +644,7 @@ def _reorder_cache(self, past_key_values, beam_idx):
     past_key_values.reorder_cache(beam_idx)
     return past_key_values
 
-# %% ../nbs/06_integration.ipynb #3edba8ca
+# %% ../nbs/06_integration.ipynb #a52349a1
 def _cache_forward(self, *args, **kwargs):
     "Stands for `forward` of a model that takes a transformers cache."
     patched, stock = self._spectral
@@ -663,6 +663,7 @@ def _cache_forward(self, *args, **kwargs):
             if "compressed key or value states" not in str(e) or past.get_seq_length() > n: raise
             patched.rebuild(e)
             past.reset()
+            patched.set_padding(past, kwargs.get("attention_mask"))
             return patched.call(lambda: stock(**kwargs), past, n)
 
 @patch

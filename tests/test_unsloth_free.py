@@ -192,9 +192,10 @@ def test_attention_that_bypasses_the_interface_gets_rebuilt_states(llama, caplog
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), None
     M.LlamaAttention.forward = forward
     try:
-        with caplog.at_level(logging.WARNING), spectral(llama, spectral_config=lossless(llama)): got = generate(llama, prompt(3)).sequences
+        with caplog.at_level(logging.WARNING), spectral(llama, spectral_config=lossless(llama)): out = generate(llama, prompt(3))
     finally: M.LlamaAttention.forward = old
-    assert torch.equal(got, want) and "cold states are rebuilt" in caplog.text
+    assert torch.equal(out.sequences, want) and "cold states are rebuilt" in caplog.text
+    for layer in out.past_key_values.layers: assert layer.padding_per_row().tolist() == [0, 31, 70]
 
 
 def test_lora():
