@@ -127,15 +127,15 @@ def without_backward(
     "The output of an attention whose gradients are not known."
     return _NoBackward.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
-# %% ../nbs/04_attention.ipynb #d9d64895
+# %% ../nbs/04_attention.ipynb #e26a0298
 def padding_of(
     attention_mask:Tensor|None, # `[B, 1, q_len, kv_len]` of a prompt
 ) -> Tensor|None: # `[B]` tokens, None without padding
     "Padding tokens on the left of each row."
     if attention_mask is None: return None
-    last = attention_mask[:, 0, -1]
-    seen = last if last.dtype == torch.bool else last > torch.finfo(torch.float16).min / 2
-    padding = left_padding(seen)
+    mask, q = attention_mask[:, 0], attention_mask.shape[2]
+    seen = torch.stack([mask[:, -1], torch.cat([mask[:, -1, :-q], mask.diagonal(mask.shape[2] - q, 1, 2)], 1)])
+    padding = left_padding((seen if seen.dtype == torch.bool else seen > torch.finfo(torch.float16).min / 2).any(0))
     return padding if padding.any() else None
 
 # %% ../nbs/04_attention.ipynb #b40d0d47

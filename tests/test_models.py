@@ -193,6 +193,22 @@ def test_no_gradients_are_no_silent_zeros():
     model.set_attn_implementation("eager")
 
 
+def test_a_mask_that_hides_a_part_for_a_while():
+    "Two documents that do not see each other, and a question that sees both: the first is no padding."
+    model, ids = tiny_model("llama"), prompt(1)["input_ids"]
+    q, k = torch.arange(150)[:, None], torch.arange(150)
+    mask = ((k <= q) & ~((q >= 70) & (q < 140) & (k < 70)))[None, None]
+    with torch.no_grad():
+        model.set_attn_implementation("sdpa")
+        want = model(ids, attention_mask=mask).logits[:, -10:]
+        model.set_attn_implementation("spectral")
+        cache = lossless(model)
+        model(ids[:, :140], attention_mask=mask[:, :, :140, :140], past_key_values=cache)
+        got = model(ids[:, 140:], attention_mask=mask[:, :, 140:], position_ids=torch.arange(140, 150)[None], past_key_values=cache).logits
+    model.set_attn_implementation("eager")
+    assert len(cache.layers[0].cold) and (got - want).abs().max() < 1e-4
+
+
 def test_unknown_model_is_refused():
     from transformers import AutoConfig
     with pytest.raises(ValueError, match="'gpt2' is not supported; supported: cohere"): SpectralCache(AutoConfig.for_model("gpt2"))
