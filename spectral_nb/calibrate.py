@@ -268,7 +268,7 @@ def more_bits(
     if config.bits is not None: return replace(config, bits=min(8., config.bits + extra))
     return replace(config, ratio=max(1.5, 16 / (16 / (config.ratio or 8.) + extra)))
 
-# %% ../nbs/04b_calibrate.ipynb #6c4786a9
+# %% ../nbs/04b_calibrate.ipynb #0b0181c4
 @contextmanager
 def checked(
     model, # A causal language model of transformers
@@ -300,8 +300,10 @@ def checked(
                 for i in range(attempts):
                     if (kl := measure() if i else first[1]) <= max_kl: break
                     past.spectral_config = more_bits(past.spectral_config, kl, max_kl)
-                    for o in past.spectral_layers: o.config = past.spectral_config
-                    past.reset()
+                    for o in past.spectral_layers:
+                        o.config, padding = past.spectral_config, o.padding
+                        o.reset()
+                        o.padding = padding
                     with torch.no_grad(): model(**kwargs)
                 else: kl = measure()
                 if first[1] > max_kl:

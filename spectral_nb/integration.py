@@ -868,12 +868,12 @@ def unpatch_unsloth_attention(
     "Take everything back; a model that is not patched stays as it is."
     if (old := base_model(model).__dict__.get("_spectral_patch")) is not None: old.remove()
 
-# %% ../nbs/06_integration.ipynb #b9bcda2f
+# %% ../nbs/06_integration.ipynb #5a0dad60
 @contextmanager
 def spectral(
     model, # As in `patch_unsloth_attention`
     ratio:float|None=None,
-    max_kl:float|None=None, # Read prompts again with more bits where their last tokens diverge by more nats than this; see `calibrate.checked`
+    max_kl:float|None=None, # Read prompts again with more bits where their last tokens diverge by more nats than this, first parts only where they come in parts; see `calibrate.checked`
     **kwargs, # As in `patch_unsloth_attention`
 ):
     "A patched model while the context lasts; before and after it is what it was."

@@ -391,6 +391,18 @@ def test_a_promise_is_kept_or_said(pocket):
     with torch.no_grad(): assert model(ids, logits_to_keep=1).logits.shape[1] == 1 and not model._forward_hooks
 
 
+def test_a_promise_to_padded_rows(pocket):
+    "Where the attention implementation does not tell a cache what is padding, it is still known when a prompt is read again."
+    from spectral_nb.calibrate import checked, spectral_cache
+    model, ids = pocket
+    ids = ids[:, :1600].view(2, 800)
+    mask = torch.ones_like(ids)
+    mask[1, :100] = 0
+    cache = spectral_cache(model, attention_mask=mask, ratio=12)
+    with checked(model, 1e-3), pytest.warns(UserWarning, match="coded again"), torch.no_grad(): model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), past_key_values=cache)
+    assert cache.spectral_config.ratio < 12 and all(o.padding.tolist() == [0, 100] for o in cache.spectral_layers)
+
+
 def test_a_check_leaves_the_cache_as_it_is(pocket):
     from spectral_nb.calibrate import check_cache, checked, spectral_cache
     model, ids = pocket
