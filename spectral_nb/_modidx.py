@@ -169,6 +169,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'spectral_nb.calibrate.fingerprint': ('calibrate.html#fingerprint', 'spectral_nb/calibrate.py'),
                                        'spectral_nb.calibrate.geometric_mean': ( 'calibrate.html#geometric_mean',
                                                                                  'spectral_nb/calibrate.py'),
+                                       'spectral_nb.calibrate.implementations': ( 'calibrate.html#implementations',
+                                                                                  'spectral_nb/calibrate.py'),
                                        'spectral_nb.calibrate.keep_weights': ('calibrate.html#keep_weights', 'spectral_nb/calibrate.py'),
                                        'spectral_nb.calibrate.known_layer_weights': ( 'calibrate.html#known_layer_weights',
                                                                                       'spectral_nb/calibrate.py'),

@@ -7,7 +7,7 @@ __all__ = ['QUANTIZED', 'SPECS', 'parse_spec', 'new_cache', 'FanOutLayer', 'FanO
            'extend', 'greedy', 'Trial', 'make_trials', 'Score', 'kl_divergence', 'cache_bytes', 'copy_cache',
            'score_trial', 'summarize', 'evaluate']
 
-# %% ../nbs/11_evaluate.ipynb #baebaf5c
+# %% ../nbs/11_evaluate.ipynb #3851bec9
 import copy
 import random
 import re
@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Quant
 
 from . import attention  # registers the attention implementation 'spectral'
 from .cache import CompressedStates, SpectralCache, SpectralLayer
-from .calibrate import spectral_cache
+from .calibrate import implementations, spectral_cache
 from .codec import SpectralConfig
 from .needle import Needle, answer_ids, make_needles, plant
 from .peers import inner_tensors, quantized_cache
@@ -118,14 +118,14 @@ class FanOutCache(Cache):
         if any(c.get_seq_length() for c in caches): raise ValueError("the caches to fill must be empty")
         super().__init__(layers=[FanOutLayer(list(layers)) for layers in zip(*(c.layers for c in caches))])
 
-# %% ../nbs/11_evaluate.ipynb #ae258350
+# %% ../nbs/11_evaluate.ipynb #57753501
 @contextmanager
 def attention_implementation(
     model,
     name:str="spectral", # Attention implementation while the context lasts
 ):
     "Set a model's attention implementation, and put the old one back."
-    old = model.config._attn_implementation
+    old = implementations(model)
     model.set_attn_implementation(name)
     try: yield model
     finally: model.set_attn_implementation(old)

@@ -741,7 +741,7 @@ def hook(self:SpectralPatch, module, f):
     self.set(module, "_spectral", (self, stock))
     self.set(module, slot, stand_in(stock, f, module))
 
-# %% ../nbs/06_integration.ipynb #722d6cc3
+# %% ../nbs/06_integration.ipynb #9aec773f
 @patch
 def install(self:SpectralPatch):
     "Put the hooks in."
@@ -759,7 +759,7 @@ def install(self:SpectralPatch):
         for layer in model.model.layers: self.hook(layer.self_attn, _attention_hook)
         self.hook(model, _fast_forward)
     else:
-        self.implementation = self.text._attn_implementation
+        self.implementation = calibrate.implementations(model)
         self.hook(model, _cache_forward)
         inner = "_old_generate" if self.route == "fastmodel" else "generate"
         self.set(model, "_spectral_generate", (self, getattr(model, inner)))

@@ -208,6 +208,27 @@ def test_lora():
     assert model.get_base_model().config._attn_implementation == "eager"
 
 
+def test_text_and_image():
+    "Gemma 3 with its vision tower, which keeps the attention implementation that it had."
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+    text = {k: v for k, v in CONFIGS["gemma3"].to_dict().items() if k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "query_pre_attn_scalar", "sliding_window", "layer_types", "pad_token_id")}
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=7)
+    torch.manual_seed(0)
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=500, boi_token_index=501, eoi_token_index=502)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1: p.normal_(0, .08)
+    model.set_attn_implementation({"": "eager", "text_config": "eager", "vision_config": "sdpa"})
+    inputs = prompt(2)
+    inputs["input_ids"][:, 80:84] = 500
+    inputs |= dict(pixel_values=torch.randn(2, 3, 28, 28), token_type_ids=(inputs["input_ids"] == 500).long())
+    want, before = generate(model, inputs), calibrate.implementations(model)
+    with spectral(model, spectral_config=lossless(model.model.language_model)) as patched: got = generate(model, inputs)
+    assert torch.equal(got.sequences, want.sequences) and patched.decode == [NEW - 1] * 2 and len(got.past_key_values.layers[1].cold)
+    calibrate.layer_weights(model, progress=False, ids=prompt(1, 600)["input_ids"], tokens=600)
+    assert calibrate.implementations(model) == before and before["vision_config"] == "sdpa"
+
+
 def test_unsupported_models_are_left_alone():
     from transformers import AutoConfig, AutoModelForCausalLM
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=32, n_layer=1, n_head=2, vocab_size=64))
