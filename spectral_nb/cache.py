@@ -7,7 +7,8 @@ __all__ = ['NO_SLOT', 'SCARCE_KEYS', 'LEAST', 'OUTGROWN', 'CompressedStates', 'L
            'SpectralLayer', 'largest', 'check_finite', 'freeze_page', 'left_padding', 'fixed_nbytes', 'tokens_to_code',
            'token_weights', 'rows_to_fit', 'what_stays', 'code_prompt', 'fit_layers', 'SpectralCache']
 
-# %% ../nbs/03_cache.ipynb #3e7487ca
+# %% ../nbs/03_cache.ipynb #c30f763a
+import copy
 import math
 import warnings
 import weakref
@@ -71,7 +72,7 @@ class Ledger(list):
 
     def __repr__(self): return "\n".join(f"{t:<10} {n:>15,} bytes" for t, n in [*self.total().items(), ("all", self.nbytes)])
 
-# %% ../nbs/03_cache.ipynb #0415e77f
+# %% ../nbs/03_cache.ipynb #614c8f6b
 class HotTier:
     "Recent tokens: keys **post-RoPE** and values, as they are or as int8 with a scale for each token and head."
     write = None # Rounds one token into its place in fewer launches where a kernel is at hand: `(tier, keys, values, at) -> bool`
@@ -103,20 +104,20 @@ class HotTier:
         at, n = self.n, keys.shape[2]
         made_elsewhere = self.keys.is_inference() and not torch.is_inference_mode_enabled() # such tensors cannot be written to
         if at + n > self.keys.shape[2] or made_elsewhere: self.reserve(at + (room if n == 1 and at else n))
-        self.n += n
-        if n == 1 and self.write is not None and self.write(keys, values, at): return
-        new = HotTier(keys, values)
-        if self.keys_scale is None: new.keys, new.values = keys.to(self.keys.dtype), values.to(self.values.dtype)
-        else: new.to_int8(self.keys_scale.dtype)
-        for name, t in new.tensors().items(): getattr(self, name)[:, :, at:at + n] = t
+        if n > 1 or self.write is None or not self.write(keys, values, at):
+            new = HotTier(keys, values)
+            if self.keys_scale is None: new.keys, new.values = keys.to(self.keys.dtype), values.to(self.values.dtype)
+            else: new.to_int8(self.keys_scale.dtype)
+            for name, t in new.tensors().items(): getattr(self, name)[:, :, at:at + n] = t
+        self.n = at + n # they count when they are there
 
     def reserve(self,
         room:int, # Tokens
     ):
         "Make room for so many tokens in all."
-        for name, t in self.tensors().items():
-            setattr(self, name, t.new_empty(*t.shape[:2], room, t.shape[3]))
-            getattr(self, name)[:, :, :self.n] = t[:, :, :self.n]
+        larger = {name: t.new_empty(*t.shape[:2], room, t.shape[3]) for name, t in self.tensors().items()}
+        for name, t in larger.items(): t[:, :, :self.n] = getattr(self, name)[:, :, :self.n]
+        vars(self).update(larger)
 
     def drop(self,
         start:int, # Tokens to forget at the start
@@ -124,8 +125,7 @@ class HotTier:
     ):
         "Keep a range of tokens, and no room."
         start, stop = int(start), self.n if stop is None else min(int(stop), self.n)
-        self.n = max(0, stop - start)
-        self.map_(lambda t: t[:, :, start:stop].clone())
+        vars(self).update({name: t[:, :, start:stop].clone() for name, t in self.tensors().items()}, n=max(0, stop - start))
 
     def to_int8(self,
         scale_dtype:torch.dtype=torch.float16,
@@ -139,7 +139,7 @@ class HotTier:
 
     def map_(self, f):
         "Apply `f` to every tensor."
-        for name, t in self.tensors().items(): setattr(self, name, f(t))
+        vars(self).update({name: f(t) for name, t in self.tensors().items()})
 
 # %% ../nbs/03_cache.ipynb #e7e000d4
 def to_int8(
@@ -367,7 +367,7 @@ def is_landmark(self:SpectralLayer,
     at = torch.where((at >= 0) & (at < stop - start), at, stop - start)
     return torch.zeros(len(at), stop - start + 1, dtype=torch.bool, device=self.device).scatter(1, at, True)[:, :-1]
 
-# %% ../nbs/03_cache.ipynb #9457cd6c
+# %% ../nbs/03_cache.ipynb #7181bac9
 @patch
 def freeze(self:SpectralLayer,
     n:int, # Oldest hot tokens to code, a multiple of the store's page
@@ -379,9 +379,10 @@ def freeze(self:SpectralLayer,
     if self.importance is not None:
         received = self.importance[:, :, :n]
         weight = weight * (received / received.mean(-1, keepdim=True).clamp_min(1e-9) + .05)
-        self.importance = self.importance[:, :, n:].clone()
+    rest, = later([self.hot], n, self.config.kernel != "torch")
     with torch.autocast(self.device.type, enabled=False): self.cold.append(keys, values, weight)
-    self.hot.drop(n)
+    vars(self.hot).update(rest, n=self.hot_length - n)
+    if self.importance is not None: self.importance = self.importance[:, :, n:].clone()
 
 @patch(as_prop=True)
 def landmarks_first(self:SpectralLayer) -> bool:
@@ -558,7 +559,7 @@ def batch_repeat_interleave(self:SpectralLayer, repeats:int):
     "Each row `repeats` times."
     self.map_(lambda t: t.repeat_interleave(repeats, 0))
 
-# %% ../nbs/03_cache.ipynb #4f2024e4
+# %% ../nbs/03_cache.ipynb #d31e3d7a
 @patch
 @torch.no_grad()
 def crop(self:SpectralLayer,
@@ -574,9 +575,11 @@ def crop(self:SpectralLayer,
     whole = min(keep // page * page, cold)
     if keep < cold:
         keys, values = self.get_kv()
-        self.hot.drop(0, 0)
-        self.hot.append(keys[:, :, whole:keep], values[:, :, whole:keep])
+        hot = copy.copy(self.hot)
+        hot.drop(0, 0)
+        hot.append(keys[:, :, whole:keep], values[:, :, whole:keep])
         self.cold.truncate(whole)
+        self.hot = hot
     else: self.hot.drop(0, keep - cold)
     if self.importance is not None:
         self.importance = self.importance.new_zeros(*self.importance.shape[:2], keep - whole) if keep < cold else self.importance[:, :, :keep - cold].clone()

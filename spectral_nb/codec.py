@@ -166,7 +166,7 @@ class SpectralBlock:
         "Bytes of codes, scales and bases."
         return sum(t.numel() * t.element_size() for o in (self.keys, self.values) for t in vars(o).values())
 
-# %% ../nbs/02_codec.ipynb #6c9395b3
+# %% ../nbs/02_codec.ipynb #c2bb3421
 class RankStore:
     "Cold tokens of one layer under rank coding."
     def __init__(self,
@@ -193,10 +193,12 @@ class RankStore:
         c, slots = self.config, torch.arange(len(self), len(self) + key_states.shape[2], device=key_states.device)
         key_states = unapply_rope(key_states.float(), slots, self.table)
         weight = weight.unflatten(-1, (-1, self.page))
+        made = {}
         for name, x, rank in (("keys", key_states, c.k_rank_keys), ("values", value_states, c.k_rank_values)):
             x = x.float().unflatten(2, (-1, self.page)) * (weight > 0)[..., None]
             new, old = encode_factor(x, rank, weight, c.coefficients), getattr(self, name)
-            setattr(self, name, new if old is None else Factor(*(torch.cat([a, b], 2) for a, b in zip(vars(old).values(), vars(new).values()))))
+            made[name] = new if old is None else Factor(*(torch.cat([a, b], 2) for a, b in zip(vars(old).values(), vars(new).values())))
+        vars(self).update(made)
 
     def key_states(self) -> Tensor: # **post-RoPE** `[B, H, len(self), D]` float32
         "The keys that the codes stand for."

@@ -807,7 +807,7 @@ class Segment:
             for n, t in (vars(o).items() if o is not None else ()):
                 if isinstance(t, Tensor): setattr(o, n, f(t))
 
-# %% ../nbs/02b_spectral.ipynb #17f40881
+# %% ../nbs/02b_spectral.ipynb #0726a635
 class SpectralStore:
     "Cold tokens of one layer under spectral coding: segments of pages."
     page = PAGE
@@ -902,12 +902,12 @@ class SpectralStore:
         n:int, # Tokens to keep, a multiple of `page`
     ):
         "Forget all pages from token `n` on."
-        kept = []
+        kept, cut = [], []
         for s in self.segments:
             if n <= 0: break
-            if n < len(s):
-                for c in (s.keys, s.values): c.codes = c.codes[:, :, :n // PAGE].clone()
+            if n < len(s): cut = [(c, c.codes[:, :, :n // PAGE].clone()) for c in (s.keys, s.values)]
             n -= len(s); kept.append(s)
+        for c, codes in cut: c.codes = codes
         self.segments = kept
 
 # %% ../nbs/02b_spectral.ipynb #cffab00d

@@ -243,6 +243,38 @@ def test_a_page_that_cannot_be_added_changes_nothing(fault, monkeypatch):
     assert all((len(l.cold), l.get_seq_length(), l.cold.drifted) == (n + 128, 1028, 0) for l in layers)
 
 
+@pytest.mark.parametrize("op", ["token", "chunk", "crop", "rank"])
+def test_a_layer_that_is_stopped_midway_is_as_before_or_after(op):
+    "Whichever operation of PyTorch finds no memory: no token counts that is not there, and none is there twice."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Stop(TorchDispatchMode):
+        def __init__(self, at):
+            super().__init__()
+            self.left = at
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.left -= 1
+            if not self.left: raise torch.cuda.OutOfMemoryError("injected")
+            return func(*args, **(kwargs or {}))
+    layer, keys, values = filled(T=600, bits=6., sample=False)
+    if op == "rank":
+        layer = SpectralLayer(SpectralConfig.lossless(32, block_size=32), layer.table)
+        layer.append(keys, values)
+    n = dict(token=1, chunk=300, rank=100, crop=-300)[op]
+    run = lambda l: l.append(keys[:, :, :n], values[:, :, :n]) if n > 0 else l.crop(n)
+    done, i = copy.deepcopy(layer), 0
+    run(done)
+    while True:
+        one, i = copy.deepcopy(layer), i + (3 if op in ("chunk", "rank") else 1)
+        try:
+            with Stop(i) as stop: run(one)
+        except torch.cuda.OutOfMemoryError: pass
+        if stop.left > 0: break
+        want = done if one.get_seq_length() == done.get_seq_length() else layer
+        assert one.get_seq_length() == want.get_seq_length()
+        for a, b in zip(one.get_kv(), want.get_kv()): assert (a - b).norm() < .3 * b.norm()
+    assert i > 5
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_layers_code_a_page_together(padded):
     "What a cache codes for all layers at once is what each would code alone; a layer that takes no tokens holds the others up for one page only."
