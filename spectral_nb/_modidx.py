@@ -148,6 +148,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'spectral_nb.cache.later': ('cache.html#later', 'spectral_nb/cache.py'),
                                    'spectral_nb.cache.left_padding': ('cache.html#left_padding', 'spectral_nb/cache.py'),
                                    'spectral_nb.cache.rows_to_fit': ('cache.html#rows_to_fit', 'spectral_nb/cache.py'),
+                                   'spectral_nb.cache.text_in': ('cache.html#text_in', 'spectral_nb/cache.py'),
                                    'spectral_nb.cache.to_int8': ('cache.html#to_int8', 'spectral_nb/cache.py'),
                                    'spectral_nb.cache.token_weights': ('cache.html#token_weights', 'spectral_nb/cache.py'),
                                    'spectral_nb.cache.tokens_to_code': ('cache.html#tokens_to_code', 'spectral_nb/cache.py'),

@@ -7,14 +7,14 @@ __all__ = ['REFUSED', 'BACKENDS', 'LISTENERS', 'softmax_attention', 'causal_mask
            'without_backward', 'padding_of', 'spectral_attention_forward', 'output_gram', 'sampled_rows',
            'sample_queries', 'prompt_importance']
 
-# %% ../nbs/04_attention.ipynb #2ec08848
+# %% ../nbs/04_attention.ipynb #8aa4b7b9
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .cache import CompressedStates, SpectralLayer, left_padding
+from .cache import CompressedStates, SpectralLayer, left_padding, text_in
 from .spectral import Sample
 
 # %% ../nbs/04_attention.ipynb #ae73adb8
@@ -127,15 +127,17 @@ def without_backward(
     "The output of an attention whose gradients are not known."
     return _NoBackward.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
-# %% ../nbs/04_attention.ipynb #e26a0298
+# %% ../nbs/04_attention.ipynb #12399702
 def padding_of(
     attention_mask:Tensor|None, # `[B, 1, q_len, kv_len]` of a prompt
 ) -> Tensor|None: # `[B]` tokens, None without padding
     "Padding tokens on the left of each row."
     if attention_mask is None: return None
-    mask, q = attention_mask[:, 0], attention_mask.shape[2]
-    seen = torch.stack([mask[:, -1], torch.cat([mask[:, -1, :-q], mask.diagonal(mask.shape[2] - q, 1, 2)], 1)])
-    padding = left_padding((seen if seen.dtype == torch.bool else seen > torch.finfo(torch.float16).min / 2).any(0))
+    last, text = attention_mask[:, 0, -1], text_in(attention_mask)
+    seen = last if last.dtype == torch.bool else last > torch.finfo(torch.float16).min / 2
+    seen = seen & (text.any(-1) | ~seen.all(-1))[:, None]
+    past = seen.shape[1] - text.shape[1]
+    padding = left_padding(torch.cat([seen[:, :past], seen[:, past:] | text], 1))
     return padding if padding.any() else None
 
 # %% ../nbs/04_attention.ipynb #b40d0d47

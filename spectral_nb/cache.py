@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NO_SLOT', 'SCARCE_KEYS', 'LEAST', 'OUTGROWN', 'CompressedStates', 'Ledger', 'HotTier', 'to_int8', 'later', 'CacheOf',
-           'SpectralLayer', 'largest', 'check_finite', 'freeze_page', 'left_padding', 'fixed_nbytes', 'tokens_to_code',
-           'token_weights', 'rows_to_fit', 'what_stays', 'code_prompt', 'fit_layers', 'SpectralCache']
+           'SpectralLayer', 'largest', 'check_finite', 'text_in', 'freeze_page', 'left_padding', 'fixed_nbytes',
+           'tokens_to_code', 'token_weights', 'rows_to_fit', 'what_stays', 'code_prompt', 'fit_layers', 'SpectralCache']
 
 # %% ../nbs/03_cache.ipynb #c30f763a
 import copy
@@ -333,11 +333,22 @@ def append(self:SpectralLayer,
     if over and self.cold.ready: self.freeze(over) if alone else self.on_page(self)
     elif not self.cold.ready and self.hot_length >= (least := max(self.config.fit_length, self.config.hot_buffer_size + self.cold.page)) and self.hot_length - self.unfit >= least: self.on_full(self)
 
-# %% ../nbs/03_cache.ipynb #e00e51bd
+# %% ../nbs/03_cache.ipynb #2a98c879
+def text_in(
+    attention_mask:Tensor, # `[B, 1, n, kv]` bool or additive, of the last `n` of `kv` tokens
+) -> Tensor: # `[B, n]` bool
+    "Which tokens of a call are no padding."
+    seen = attention_mask[:, 0]
+    if seen.dtype != torch.bool: seen = seen > torch.finfo(torch.float16).min / 2
+    n, own = seen.shape[1], seen.diagonal(seen.shape[2] - seen.shape[1], 1, 2)
+    opened = seen[:, 0].all(-1)
+    return own if n == 1 or opened.all() else own & ~(opened[:, None] & seen[:, :, 0])
+
+# %% ../nbs/03_cache.ipynb #b2c2fc0b
 @patch
 def restarts(self:SpectralLayer,
     position_ids:Tensor, # Positions of new tokens, `[n]` or `[B, n]`
-    attention_mask:Tensor|None=None, # `[B or 1, 1, n, kv]` bool or additive: tokens that do not see themselves are padding, whose positions say nothing
+    attention_mask:Tensor|None=None, # `[B or 1, 1, n, kv]` bool or additive: positions of padding say nothing
 ) -> bool:
     "Whether a sequence starts again from position 0; positions that are negative or go back to another token raise a `ValueError`."
     if (position_ids < 0).any(): raise ValueError(f"position_ids must not be negative, got {position_ids.min().item()}")
@@ -345,12 +356,12 @@ def restarts(self:SpectralLayer,
     first, last = position_ids[..., 0].reshape(-1), self.get_all_positions()[:, -1].to(position_ids.device)
     if attention_mask is not None:
         n, past, rows = position_ids.shape[-1], self.get_seq_length(), torch.arange(len(last), device=last.device)
-        seen = attention_mask[:, 0, :, :past + n].expand(len(last), -1, -1)
-        if seen.dtype != torch.bool: seen = seen > torch.finfo(torch.float16).min / 2
-        text = seen[..., past:].diagonal(dim1=1, dim2=2)
+        mask = attention_mask[..., :past + n].expand(len(last), -1, -1, -1)
+        text = text_in(mask)
         if text.any():
             at = text.int().argmax(-1)
-            last = seen[rows, at, :past].sum(-1) - 1
+            seen = mask[rows, 0, at, :past]
+            last = (seen if seen.dtype == torch.bool else seen > torch.finfo(torch.float16).min / 2).sum(-1) - 1
             first = torch.where(text.any(-1), position_ids.expand(len(last), -1)[rows, at], last + 1)
     if (first > last).all(): return False
     if (first > 1).any(): raise ValueError(f"position_ids go back to {first.min().item()} while {self.get_seq_length()} tokens are held; call crop() or reset() first")

@@ -150,9 +150,9 @@ def rotate(
     a, b = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat([-b, a], -1), sin).to(x.dtype)
 
-# %% ../nbs/06_integration.ipynb #a3ec37b7
+# %% ../nbs/06_integration.ipynb #784cda71
 def keep_mask(
-    mask, # None, `[B, kv]`, `[B or 1, 1, n, kv]` bool or additive, or a mask object of another library
+    mask, # None, `[B, kv]`, additive `[longest, longest]`, `[B or 1, 1, n, kv]` bool or additive, or a mask object of another library
     n:int, # New tokens
     kv:int, # All tokens
     window:int|None=None, # Sliding window
@@ -164,7 +164,8 @@ def keep_mask(
         near = ~torch.ones(n, kv, dtype=torch.bool, device=device).tril(kv - n - window)[None, None]
         own = near if own is None else own & near
     if not isinstance(mask, Tensor): return own
-    if mask.ndim == 2: mask = mask[:, None, None]
+    if mask.ndim == 2 and mask.is_floating_point() and len(mask) == mask.shape[1] >= kv: return own # Gemma 2: causal, for any length
+    if mask.ndim == 2: mask = (mask != 0)[:, None, None]
     if mask.is_floating_point(): mask = mask > torch.finfo(torch.float16).min / 2
     mask = mask[..., -n:, -kv:].bool()
     return mask if own is None else mask & own

@@ -282,6 +282,35 @@ def test_generate_with_prefill_chunk_size(llama):
     assert torch.equal(got.sequences, want.sequences)
 
 
+@pytest.mark.parametrize("patched", [True, False])
+def test_padding_that_sees_everything(patched):
+    "Masks that transformers makes let it, once Unsloth is loaded. A row's padding may fill whole chunks."
+    model, inputs = reference("cohere"), prompt(3)
+    want = generate(model, inputs)
+    if patched:
+        with spectral(model, spectral_config=lossless(model)): whole, parts = (generate(model, inputs, prefill_chunk_size=n) for n in (150, 29))
+    else:
+        model.set_attn_implementation("spectral")
+        whole, parts = (generate(model, inputs, prefill_chunk_size=n, past_key_values=SpectralCache(model.config, lossless(model))) for n in (150, 29))
+        model.set_attn_implementation("eager")
+    for got in (whole, parts):
+        assert torch.equal(got.sequences, want.sequences)
+        for layer in got.past_key_values.layers: assert layer.padding_per_row().tolist() == [0, 31, 70]
+
+
+def test_gemma2_without_padding_or_mask():
+    "Prompts of a Gemma 2 without padding get a mask of the longest prompt there may be."
+    model, inputs = loaded("gemma2"), prompt(3, padding=())
+    want = generate(reference("gemma2"), inputs)
+    with spectral(model, spectral_config=lossless(model, use_attention_weighted_svd=True)): got = generate(model, inputs)
+    assert torch.equal(got.sequences, want.sequences)
+    ids = inputs["input_ids"]
+    with torch.no_grad(), spectral(model, spectral_config=lossless(model)):
+        past = model(input_ids=ids[:, :100], use_cache=True).past_key_values
+        out = model(input_ids=ids[:, 100:], past_key_values=past, use_cache=True)
+    assert ((out.logits[:, -1] - want.logits[0]).abs().max() / want.logits[0].abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_sampling(name):
     model = loaded(name)
