@@ -344,7 +344,7 @@ def text_in(
     opened = seen[:, 0].all(-1)
     return own if n == 1 or opened.all() else own & ~(opened[:, None] & seen[:, :, 0])
 
-# %% ../nbs/03_cache.ipynb #b2c2fc0b
+# %% ../nbs/03_cache.ipynb #1a566581
 @patch
 def restarts(self:SpectralLayer,
     position_ids:Tensor, # Positions of new tokens, `[n]` or `[B, n]`
@@ -358,11 +358,11 @@ def restarts(self:SpectralLayer,
         n, past, rows = position_ids.shape[-1], self.get_seq_length(), torch.arange(len(last), device=last.device)
         mask = attention_mask[..., :past + n].expand(len(last), -1, -1, -1)
         text = text_in(mask)
-        if text.any():
-            at = text.int().argmax(-1)
-            seen = mask[rows, 0, at, :past]
-            last = (seen if seen.dtype == torch.bool else seen > torch.finfo(torch.float16).min / 2).sum(-1) - 1
-            first = torch.where(text.any(-1), position_ids.expand(len(last), -1)[rows, at], last + 1)
+        if not text.any(): return False
+        at = text.int().argmax(-1)
+        seen = mask[rows, 0, at, :past]
+        last = (seen if seen.dtype == torch.bool else seen > torch.finfo(torch.float16).min / 2).sum(-1) - 1
+        first = torch.where(text.any(-1), position_ids.expand(len(last), -1)[rows, at], last + 1)
     if (first > last).all(): return False
     if (first > 1).any(): raise ValueError(f"position_ids go back to {first.min().item()} while {self.get_seq_length()} tokens are held; call crop() or reset() first")
     return True

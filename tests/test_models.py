@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from transformers import DynamicCache
 from tiny import CONFIGS, head_dim, prompt, tiny_model
 
 from spectral_nb.attention import spectral_attention_forward  # noqa: F401  (registers 'spectral')
@@ -127,6 +128,23 @@ def test_chunked_prefill_equals_whole(model, batch):
     for one, two in zip(whole.spectral_layers, parts.spectral_layers):
         assert torch.equal(one.padding_per_row(), two.padding_per_row()) and torch.equal(one.landmark_slots, two.landmark_slots)
         for a, b in zip(one.get_kv(), two.get_kv()): assert (a - b)[inputs["attention_mask"][:, None].expand(a.shape[:3]) > 0].abs().max() < 1e-4
+
+
+def test_a_call_of_nothing_but_padding():
+    "Within a conversation that comes in parts it is no new prompt, although its positions are 0."
+    model, inputs = tiny_model("llama"), prompt(1, 210)
+    mask = inputs["attention_mask"].index_fill(1, torch.arange(150, 190), 0)
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
+    def logits(cache, attn):
+        model.set_attn_implementation(attn)
+        with torch.no_grad():
+            for n in (slice(0, 150), slice(150, 170), slice(170, 210)):
+                out = model(inputs["input_ids"][:, n], attention_mask=mask[:, :n.stop], position_ids=positions[:, n], past_key_values=cache).logits
+        return out[:, -20:]
+    want, cache = logits(DynamicCache(config=model.config), "sdpa"), lossless(model)
+    got = logits(cache, "spectral")
+    model.set_attn_implementation("eager")
+    assert cache.get_seq_length() == 210 and (got - want).abs().max() < 1e-4
 
 
 def test_restart_without_reset():
