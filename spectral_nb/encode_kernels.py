@@ -427,12 +427,12 @@ def state_moments(X, COS, SIN, WHERE, WEIGHT, CENTRE, FIRST, SECOND, HELD, xb: i
     tl.store(FIRST + at * D + d, first, mask=ok)
     tl.store(SECOND + (at * D + d[:, None]) * D + d[None, :], second, mask=ok[:, None] & ok[None, :])
 
-# %% ../nbs/05c_encode_kernels.ipynb #28b24d95
+# %% ../nbs/05c_encode_kernels.ipynb #27b58b7b
 @jit
 def try_steps(Y, WEIGHT, GAUSSIAN, OUTERMOST, MULTIPLES, OUT, H: int, HW: int, n: int,
               D: tl.constexpr, K: tl.constexpr, T: tl.constexpr, TRIED: tl.constexpr):
     "The best step of `K` components of one head."
-    bh, c, t, m = tl.program_id(0).to(tl.int64), tl.program_id(1) * K + tl.arange(0, K), tl.arange(0, T), tl.arange(0, TRIED)
+    bh, c, t = tl.program_id(0).to(tl.int64), tl.program_id(1) * K + tl.arange(0, K), tl.arange(0, T)
     b = bh // H
     wrow = WEIGHT + (b * HW + bh % H % HW) * n
     square, count = tl.zeros([K], tl.float32), tl.zeros([T], tl.float32)
@@ -442,17 +442,24 @@ def try_steps(Y, WEIGHT, GAUSSIAN, OUTERMOST, MULTIPLES, OUT, H: int, HW: int, n
         square += tl.sum(y * y, 0); count += w
     sd = tl.maximum(tl.sqrt(square / tl.maximum(tl.sum(count, 0), 1.)), 1e-12)
     gaussian, outermost = tl.load(GAUSSIAN + b * D + c, mask=c < D, other=1), tl.load(OUTERMOST + b * D + c, mask=c < D, other=0)
-    multiple = tl.load(MULTIPLES + m)
-    step = multiple[:, None] * (gaussian * sd)[None, :]
-    errors = tl.zeros([TRIED, K], tl.float32)
+    errors = ()
+    for i in tl.static_range(TRIED): errors = errors + (tl.zeros([T, K], tl.float32),)
     for start in range(0, n, T):
         w = tl.load(wrow + start + t, mask=start + t < n, other=0)
-        y = tl.abs(tl.load(Y + (bh * n + start + t)[:, None] * D + c[None, :], mask=(w > 0)[:, None] & (c < D)[None, :], other=0))
-        u = y[None, :, :] / step[:, None, :]
-        missed = (tl.minimum(tl.floor(u), (outermost - .5)[None, None, :]) + .5 - u) * (step / sd[None, :])[:, None, :]
-        errors += tl.sum(missed * missed * w[None, :, None], 1)
-    best = tl.argmin(errors, 0)
-    tl.store(OUT + bh * D + c, tl.sum(tl.where(m[:, None] == best[None, :], step, 0.), 0), mask=c < D)
+        y = tl.abs(tl.load(Y + (bh * n + start + t)[:, None] * D + c[None, :], mask=(w > 0)[:, None] & (c < D)[None, :], other=0)) / sd[None, :]
+        new = ()
+        for i in tl.static_range(TRIED):
+            step = tl.load(MULTIPLES + i) * gaussian
+            u = y / step[None, :]
+            missed = (tl.minimum(tl.floor(u), (outermost - .5)[None, :]) + .5 - u) * step[None, :]
+            new = new + (errors[i] + missed * missed * w[:, None],)
+        errors = new
+    least, best = tl.full([K], float("inf"), tl.float32), sd
+    for i in tl.static_range(TRIED):
+        error = tl.sum(errors[i], 0)
+        best = tl.where(error < least, tl.load(MULTIPLES + i) * gaussian * sd, best)
+        least = tl.minimum(least, error)
+    tl.store(OUT + bh * D + c, best, mask=c < D)
 
 # %% ../nbs/05c_encode_kernels.ipynb #11d512ce
 class Seen:

@@ -257,7 +257,7 @@ def _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, block, bh, pages, scaling, loss_
         g4 = first + tl.arange(0, 4)
         tl.store(QB + (bh * pages + page)[:, None] * G + g4[None, :], b, mask=(page < pages)[:, None] & (g4 < G)[None, :])
 
-# %% ../nbs/05_kernels.ipynb #32af48b0
+# %% ../nbs/05_kernels.ipynb #47e4423f
 @jit
 def _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, part, E, bh, n_cold, mask_row, hot_row, scaling, cap2,
          H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TE: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, ASM: tl.constexpr):
@@ -289,7 +289,7 @@ def _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, part, E, bh, n_cold, mask_r
 
 @jit
 def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, part, E, bh, n_cold, L, mask_row, scaling, cap2,
-           H: tl.constexpr, G: tl.constexpr, GB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TM: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr):
+           H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TM: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr):
     b = bh // H
     d = tl.arange(0, DP)
     i = tl.arange(0, TM)
@@ -304,23 +304,21 @@ def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, part, E, bh, n_cold, L, m
     nv = tl.load(NV + bh * D + d, mask=dok, other=0).to(tl.float32)
     k = tl.where((i == L)[:, None], nk[None, :], tl.load(LK + at, mask=inside, other=0).to(tl.float32))
     v = tl.where((i == L)[:, None], nv[None, :], tl.load(LV + at, mask=inside, other=0).to(tl.float32))
-    for first in tl.static_range(0, G, GB):
-        g = first + tl.arange(0, GB)
-        q = tl.load(Q + (bh * G + g)[:, None] * D + d[None, :], mask=(g < G)[:, None] & dok[None, :], other=0).to(tl.float32)
-        s = _capped(tl.sum(k[None, :, :] * q[:, None, :], 2) * (scaling * 1.4426950408889634), cap2, CAP)
-        s = tl.where(ok[None, :], s, -1e30)
-        m = tl.max(s, 1)
-        p = tl.math.exp2(s - m[:, None])
+    for g in tl.static_range(G): # one head at a time: of a tile of 16 heads, 8 tokens and 64 dimensions Triton 3.6 sums some tokens twice and others never
+        q = tl.load(Q + (bh * G + g) * D + d, mask=dok, other=0).to(tl.float32)
+        s = tl.where(ok, _capped(tl.sum(k * q[None, :], 1) * (scaling * 1.4426950408889634), cap2, CAP), -1e30)
+        m = tl.max(s, 0)
+        p = tl.math.exp2(s - m)
         o = (bh * E + part) * G + g
-        tl.store(ME + o, m, mask=g < G)
-        tl.store(LE + o, tl.sum(p, 1), mask=g < G)
-        tl.store(AE + o[:, None] * D + d[None, :], tl.sum(p[:, :, None] * v[None, :, :], 1), mask=(g < G)[:, None] & dok[None, :])
+        tl.store(ME + o, m)
+        tl.store(LE + o, tl.sum(p, 0))
+        tl.store(AE + o * D + d, tl.sum(p[:, None] * v, 0), mask=dok)
 
-# %% ../nbs/05_kernels.ipynb #c4b8ed22
+# %% ../nbs/05_kernels.ipynb #18e507b7
 @jit
 def prepare(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QS, QB, HK, HV, HKS, HVS, LK, LV, LSLOT, NK, NV, MASK, LEN, ME, LE, AE,
             hots:int, marks:int, E:int, pages:int, blocks:int, parts:int, rank:int, n_cold:int, L:int, mask_row:int, hot_row:int, scaling, loss_factor, cap2,
-            H: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, GB: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, D2: tl.constexpr, NO: tl.constexpr,
+            H: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, D2: tl.constexpr, NO: tl.constexpr,
             R: tl.constexpr, NT: tl.constexpr, PB: tl.constexpr, LR: tl.constexpr, TE: tl.constexpr, TM: tl.constexpr, HALVES: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr):
     "All that a query does besides reading codes: landmarks and the new token, hot tokens, biases of the pages, projections at each page."
     if PDL: tl.extra.cuda.gdc_launch_dependents()
@@ -329,7 +327,7 @@ def prepare(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QS
     exact = hots + marks
     biases = tl.cdiv(pages, PB)
     if pid < marks:
-        _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, hots, E, bh, n_cold, L, mask_row, scaling, cap2, H, G, GB, D, DP, TM, MASKED, CAP)
+        _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, hots, E, bh, n_cold, L, mask_row, scaling, cap2, H, G, D, DP, TM, MASKED, CAP)
     elif pid < exact:
         _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, pid - marks, E, bh, n_cold, mask_row, hot_row, scaling, cap2, H, G, GP, D, DP, TE, MASKED, CAP, ASM)
     elif pid < exact + biases: _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, pid - exact, bh, pages, scaling, loss_factor, G, G2, D, D2, PB, LR, HALVES)
@@ -844,7 +842,7 @@ def aligned(
     if not x.is_contiguous(): x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
-# %% ../nbs/05_kernels.ipynb #27cc458a
+# %% ../nbs/05_kernels.ipynb #107ef509
 def plan_launches(
     layer:SpectralLayer,
     step:dict[str, Tensor], # query, key, value, out, mask, length
@@ -894,7 +892,7 @@ def plan_launches(
             q, table[first:], pairs, s.keys.basis, s.keys.scale, kt.comps, kt.factors, s.keys.offset, loss, rest, s.key_norm, qt, qs, qb, hot.keys, hot.values, hot.keys_scale, hot.values_scale,
             layer.landmark_keys, layer.landmark_values, layer.landmark_slots, step["key"], step["value"], step["mask"], step["length"], me, le, ae,
             here, marks, E, pages, blocks, parts, s.keys.layout.rank, len(layer.cold), L, mask_row, room, float(scaling), factor, cap2),
-            dict(H=H, G=G, G2=G2, N=N, GP=max(16, GP), GB=1 if GP * D > 1024 else GP, DP=_power(D), NO=kt.octets, R=R, NT=NT, PB=PB, TE=t.hot, TM=_power(L + 1), ASM=asm, **shared, **flags), num_warps=t.prepare_warps, num_stages=1, **(dict(maxnreg=t.prepare_registers[rounds[1] < rounds[0]]) if t.prepare_registers and D <= 128 and G <= 8 else {}))
+            dict(H=H, G=G, G2=G2, N=N, GP=max(16, GP), DP=_power(D), NO=kt.octets, R=R, NT=NT, PB=PB, TE=t.hot, TM=_power(L + 1), ASM=asm, **shared, **flags), num_warps=t.prepare_warps, num_stages=1, **(dict(maxnreg=t.prepare_registers[rounds[1] < rounds[0]]) if t.prepare_registers and D <= 128 and G <= 8 else {}))
         kc, vc, m8, q8 = s.keys.codes, s.values.codes, kt.masks, qt
         if t.gemv: kc, vc, m8, q8 = (x.view(torch.int32) for x in (kc, vc, m8, q8))
         else: kc, vc = kc.view(i8), vc.view(i8)

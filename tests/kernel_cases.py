@@ -27,6 +27,8 @@ CASES = dict( # name: settings of `case`
     one_page=dict(T=300),
     segments=dict(segments=2),
     no_landmarks=dict(landmark_count=0),
+    many_landmarks=dict(landmark_count=16, D=64),
+    group16_dim64=dict(G=16, H=1, D=64, B=2, padding=[0, 100]),
 )
 
 
@@ -47,6 +49,8 @@ def case(B=1, H=2, G=4, D=128, T=450, dtype=torch.float32, bits=2., padding=None
     for _ in range(3): layer.append(*states(1)) # one by one, as decoding does: there is room beyond them
     q = (3 * torch.randn(B, G * H, 1, D, generator=gen)).to(dtype).to(device)
     k, v = (torch.randn(B, H, 1, D, generator=gen).to(dtype).to(device) for _ in range(2))
+    mark = torch.cat([layer.landmark_keys[:, :, -1:], k], 2)[:, :, :1].float()
+    q[:, ::2] += (12 * mark / mark.norm(dim=-1, keepdim=True).clamp_min(1e-6)).repeat_interleave(-(-G // 2), 1)[:, :q[:, ::2].shape[1]].to(dtype) # every other head looks at a landmark
     mask = None
     if padding is not None: mask = (torch.arange(layer.get_seq_length() + 1, device=device) >= layer.padding_per_row()[:, None])[:, None, None]
     return layer, q, k, v, mask, softcap
