@@ -170,7 +170,7 @@ def keep_mask(
     mask = mask[..., -n:, -kv:].bool()
     return mask if own is None else mask & own
 
-# %% ../nbs/06_integration.ipynb #be8e9d2c
+# %% ../nbs/06_integration.ipynb #30de9d9f
 class SpectralPatch:
     "What `patch_unsloth_attention` put into one model."
     def __init__(self,
@@ -209,7 +209,8 @@ class SpectralPatch:
     def new_cache(self) -> SpectralCache:
         "An empty cache, or the one that was given to `generate`."
         cache, self.given = self.given, None
-        if cache is None: cache = SpectralCache(self.model.config, self.config, layer_weights=self.layer_weights if self.config.coding == "spectral" else None)
+        weights = self.layer_weights and self.layer_weights[:self.text.num_hidden_layers] # fewer while the first layers draft (assistant_early_exit)
+        if cache is None: cache = SpectralCache(self.model.config, self.config, layer_weights=weights if self.config.coding == "spectral" else None)
         return cache
 
     def set(self, obj, name, value):

@@ -106,6 +106,15 @@ def test_chunks_of_nothing_but_padding(llama, spectral_attention):
     assert torch.equal(got.sequences, want)
 
 
+def test_first_layers_that_draft(llama):
+    "They have a cache of their own, of fewer layers."
+    ids = prompt(1)["input_ids"].repeat(1, 2)
+    run = lambda: llama.generate(ids, max_new_tokens=NEW, do_sample=False, assistant_early_exit=1)
+    want = run()
+    with spectral(llama, coding="spectral", bits=8., fit_length=512, layer_weights=[(1., 1.)] * 2): assert torch.equal(run(), want)
+    assert llama.config.num_hidden_layers == 2
+
+
 def test_loop_by_hand(llama):
     ids = prompt(1)["input_ids"]
     with torch.no_grad():
