@@ -257,7 +257,7 @@ def _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, block, bh, pages, scaling, loss_
         g4 = first + tl.arange(0, 4)
         tl.store(QB + (bh * pages + page)[:, None] * G + g4[None, :], b, mask=(page < pages)[:, None] & (g4 < G)[None, :])
 
-# %% ../nbs/05_kernels.ipynb #47e4423f
+# %% ../nbs/05_kernels.ipynb #77fd7657
 @jit
 def _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, part, E, bh, n_cold, mask_row, hot_row, scaling, cap2,
          H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TE: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, ASM: tl.constexpr):
@@ -288,7 +288,7 @@ def _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, part, E, bh, n_cold, mask_r
     tl.store(AE + o[:, None] * D + d[None, :], tl.dot(w, v) * top, mask=(g < G)[:, None] & dok[None, :])
 
 @jit
-def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, part, E, bh, n_cold, L, mask_row, scaling, cap2,
+def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, first, marks, part, E, bh, n_cold, L, mask_row, scaling, cap2,
            H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TM: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr):
     b = bh // H
     d = tl.arange(0, DP)
@@ -304,7 +304,7 @@ def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, part, E, bh, n_cold, L, m
     nv = tl.load(NV + bh * D + d, mask=dok, other=0).to(tl.float32)
     k = tl.where((i == L)[:, None], nk[None, :], tl.load(LK + at, mask=inside, other=0).to(tl.float32))
     v = tl.where((i == L)[:, None], nv[None, :], tl.load(LV + at, mask=inside, other=0).to(tl.float32))
-    for g in tl.static_range(G): # one head at a time: of a tile of 16 heads, 8 tokens and 64 dimensions Triton 3.6 sums some tokens twice and others never
+    for g in range(first, G, marks): # one head at a time: of a tile of 16 heads, 8 tokens and 64 dimensions Triton 3.6 sums some tokens twice and others never
         q = tl.load(Q + (bh * G + g) * D + d, mask=dok, other=0).to(tl.float32)
         s = tl.where(ok, _capped(tl.sum(k * q[None, :], 1) * (scaling * 1.4426950408889634), cap2, CAP), -1e30)
         m = tl.max(s, 0)
@@ -314,7 +314,7 @@ def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, part, E, bh, n_cold, L, m
         tl.store(LE + o, tl.sum(p, 0))
         tl.store(AE + o * D + d, tl.sum(p[:, None] * v, 0), mask=dok)
 
-# %% ../nbs/05_kernels.ipynb #18e507b7
+# %% ../nbs/05_kernels.ipynb #cd16d4ef
 @jit
 def prepare(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QS, QB, HK, HV, HKS, HVS, LK, LV, LSLOT, NK, NV, MASK, LEN, ME, LE, AE,
             hots:int, marks:int, E:int, pages:int, blocks:int, parts:int, rank:int, n_cold:int, L:int, mask_row:int, hot_row:int, scaling, loss_factor, cap2,
@@ -327,7 +327,7 @@ def prepare(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QS
     exact = hots + marks
     biases = tl.cdiv(pages, PB)
     if pid < marks:
-        _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, hots, E, bh, n_cold, L, mask_row, scaling, cap2, H, G, D, DP, TM, MASKED, CAP)
+        _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, pid, marks, hots, E, bh, n_cold, L, mask_row, scaling, cap2, H, G, D, DP, TM, MASKED, CAP)
     elif pid < exact:
         _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, pid - marks, E, bh, n_cold, mask_row, hot_row, scaling, cap2, H, G, GP, D, DP, TE, MASKED, CAP, ASM)
     elif pid < exact + biases: _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, pid - exact, bh, pages, scaling, loss_factor, G, G2, D, D2, PB, LR, HALVES)
@@ -842,7 +842,7 @@ def aligned(
     if not x.is_contiguous(): x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
-# %% ../nbs/05_kernels.ipynb #107ef509
+# %% ../nbs/05_kernels.ipynb #4e07044a
 def plan_launches(
     layer:SpectralLayer,
     step:dict[str, Tensor], # query, key, value, out, mask, length
@@ -884,7 +884,7 @@ def plan_launches(
         qt, qs, qb = scratch("qt", dev, i8, BH, pages, kt.octets, N, 8), scratch("qs", dev, f32, BH, G), scratch("qb", dev, f32, BH, pages, G)
         mo, lo, ao = scratch("mo", dev, f32, BH, S, G), scratch("lo", dev, f32, BH, S, G), scratch("ao", dev, f32, BH, S, G, vs.count * GROUP)
         loss, rest = (s.key_norm, s.key_norm) if s.loss is None else (s.loss.directions, s.loss.rest)
-        factor, marks, here = float(scaling if s.loss is not None else 0), *((1, hots) if i == 0 else (0, 0))
+        factor, marks, here = float(scaling if s.loss is not None else 0), *((min(G, max(1, t.multiprocessors // BH)), hots) if i == 0 else (0, 0))
         shared = dict(D=D, D2=_power(D // 2), LR=LR, HALVES=not layer.table.interleaved and layer.table.rotary_dim == D)
         programs = here + marks + _ceil(pages, PB) + _ceil(turns, blocks) * parts
         rounds = [_ceil(BH * programs, n * t.multiprocessors) for n in (3, 4)]
