@@ -12,7 +12,7 @@ from torch import Tensor
 from . import kernels
 from .cache import SpectralCache, SpectralLayer
 
-# %% ../nbs/05b_graph.ipynb #aba555c0
+# %% ../nbs/05b_graph.ipynb #e6bf64fd
 class DecodeGraph:
     "Decode steps of a model whose attention implementation is `spectral`, captured between the ends of pages."
     def __init__(self,
@@ -40,7 +40,8 @@ class DecodeGraph:
         input_ids:Tensor, # `[B, 1]`
     ) -> Tensor: # Logits `[B, vocab]`, valid until the next call
         "One step: the graph where there is one, and where the cache is as it left it."
-        n = self.cache.get_seq_length()
+        n, rows = self.cache.get_seq_length(), len(self.cache.layers[0].hot.keys)
+        if input_ids.shape != (rows, 1): raise ValueError(f"DecodeGraph takes one token of each row, input_ids [{rows}, 1], got {list(input_ids.shape)}")
         if self.graph is not None and not self.fits(n): self.release()
         if self.left < 1:
             self.release()

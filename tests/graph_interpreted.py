@@ -51,6 +51,10 @@ with torch.no_grad():
         want = model(one, past_key_values=b).logits[:, -1]
         got = graph(one)
         assert torch.allclose(got, want, atol=1e-5), (i, (got - want).abs().max())
+    for wrong in (one[:1], one[:, :0], one.expand(-1, 2)): # one row's token would be given to all
+        try: graph(wrong)
+        except ValueError as e: assert "input_ids [2, 1]" in str(e)
+        else: raise AssertionError(wrong.shape)
     scratch, captures = kernels.scratch.held["mo", torch.device("cpu"), 0], graph.captures
     kernels.scratch("mo", torch.device("cpu"), torch.float32, 2 ** 20) # another cache asks for more than the graph was captured with
     assert any(t is scratch for t in graph.scratch), "memory that the graph writes to could be freed"
