@@ -7,7 +7,7 @@ __all__ = ['NO_SLOT', 'SCARCE_KEYS', 'LEAST', 'OUTGROWN', 'CompressedStates', 'L
            'SpectralLayer', 'largest', 'check_finite', 'text_in', 'freeze_page', 'left_padding', 'fixed_nbytes',
            'tokens_to_code', 'token_weights', 'rows_to_fit', 'what_stays', 'code_prompt', 'fit_layers', 'SpectralCache']
 
-# %% ../nbs/03_cache.ipynb #c30f763a
+# %% ../nbs/03_cache.ipynb #d1393eb0
 import copy
 import math
 import warnings
@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from . import peers  # registers its stores
 from .codec import EXACT_DTYPES, STORES, SpectralConfig
 from .rope import RopeTable, rope_table
-from .spectral import GROUP, LOSS_RANK, PAGE, Sample, add_losses, add_pages, allocate, anchor_angles, code_pages, fit_bases, joined, measure_together, most_numbers, not_finite, plan, settle, start_together
+from .spectral import LOSS_RANK, PAGE, Sample, add_losses, add_pages, allocate, anchor_angles, code_pages, fit_bases, joined, measure_together, most_numbers, not_finite, plan, settle, start_together
 
 # %% ../nbs/03_cache.ipynb #7b83970b
 class CompressedStates(torch.Tensor):
@@ -262,7 +262,7 @@ class SpectralLayer(CacheLayerMixin):
 
     def __repr__(self): return f"SpectralLayer({self.get_seq_length()} tokens: {len(self.cold)} cold, {self.hot_length} hot)"
 
-# %% ../nbs/03_cache.ipynb #c5a95df2
+# %% ../nbs/03_cache.ipynb #818adfa8
 @patch
 def checked(self:SpectralLayer,
     key_states:Tensor, # **post-RoPE** `[B, H, n, D]`
@@ -275,8 +275,8 @@ def checked(self:SpectralLayer,
         raise ValueError(f"key_states {tuple(key_states.shape)} and value_states {tuple(value_states.shape)} differ in batch, heads or tokens")
     if key_states.shape[-1] != self.table.head_dim:
         raise ValueError(f"key_states must have head_dim {self.table.head_dim}, got shape {tuple(key_states.shape)}")
-    if self.config.coding == "spectral" and (key_states.shape[-1] % GROUP or value_states.shape[-1] % GROUP):
-        raise ValueError(f"spectral coding needs a head_dim that is a multiple of {GROUP}, got {key_states.shape[-1]} for keys and {value_states.shape[-1]} for values; use coding='rank'")
+    if key_states.shape[-1] % self.cold.multiple or value_states.shape[-1] % self.cold.multiple:
+        raise ValueError(f"coding {self.config.coding!r} needs a head_dim that is a multiple of {self.cold.multiple}, got {key_states.shape[-1]} for keys and {value_states.shape[-1]} for values; use coding='rank'")
     if self.is_initialized and key_states.shape[:2] != self.landmark_keys.shape[:2]:
         raise ValueError(f"the cache holds batch and heads {tuple(self.landmark_keys.shape[:2])}, got key_states {tuple(key_states.shape)}; "
                          "call reset() before another prompt")

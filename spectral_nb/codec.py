@@ -166,7 +166,7 @@ class SpectralBlock:
         "Bytes of codes, scales and bases."
         return sum(t.numel() * t.element_size() for o in (self.keys, self.values) for t in vars(o).values())
 
-# %% ../nbs/02_codec.ipynb #c2bb3421
+# %% ../nbs/02_codec.ipynb #415663dd
 class RankStore:
     "Cold tokens of one layer under rank coding."
     def __init__(self,
@@ -176,6 +176,7 @@ class RankStore:
         self.config, self.table, self.keys, self.values = config, table, None, None
 
     ready = True # Nothing has to be measured before the first block
+    multiple = 1 # What head_dim is a multiple of
 
     @property
     def page(self) -> int: # Tokens

@@ -46,10 +46,10 @@ def dequantize_minmax(
     out = (g * q["scale"].float()[..., None] + q["low"].float()[..., None]).flatten(-2)
     return out.mT if across_tokens else out
 
-# %% ../nbs/02c_peers.ipynb #02ad50b2
+# %% ../nbs/02c_peers.ipynb #1f543450
 class RebuildingStore:
     "Cold tokens of one layer under a codec that is given by `encode` and `decode`."
-    ready = True
+    ready, multiple = True, GROUP # What head_dim is a multiple of
 
     def __init__(self,
         config:SpectralConfig, # `peer_bits` are the widths of keys and values
@@ -89,10 +89,10 @@ class RebuildingStore:
         self.parts, self.n = [], 0
         if n: self.append(keys, values, None)
 
-# %% ../nbs/02c_peers.ipynb #e632a15c
+# %% ../nbs/02c_peers.ipynb #bb679c53
 class KiviStore(RebuildingStore):
     "KIVI: keys by channel, values by token, groups of 32."
-    page = 32
+    page = multiple = 32
 
     def encode(self, x:Tensor, i:int):
         "Codes, scale and minimum, tokens or groups of tokens on axis 2."
@@ -103,9 +103,10 @@ class KiviStore(RebuildingStore):
         "The inverse."
         return dequantize_minmax(q | ({n: q[n].mT for n in ("scale", "low")} if i == 0 else {}), self.config.peer_bits[i], across_tokens=i == 0)
 
-# %% ../nbs/02c_peers.ipynb #d67c1f0d
+# %% ../nbs/02c_peers.ipynb #24db152c
 class HFIntStore(RebuildingStore):
     "Transformers' QuantizedCache: groups of 64 numbers of a token; the prompt at once, later tokens 128 at a time."
+    multiple = 64
     @property
     def page(self): return 128 if self.n else 1
     def encode(self, x:Tensor, i:int): return quantize_minmax(x, self.config.peer_bits[i], 64)

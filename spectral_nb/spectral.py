@@ -807,10 +807,10 @@ class Segment:
             for n, t in (vars(o).items() if o is not None else ()):
                 if isinstance(t, Tensor): setattr(o, n, f(t))
 
-# %% ../nbs/02b_spectral.ipynb #0726a635
+# %% ../nbs/02b_spectral.ipynb #57a44171
 class SpectralStore:
     "Cold tokens of one layer under spectral coding: segments of pages."
-    page = PAGE
+    page, multiple = PAGE, GROUP # Of tokens; what head_dim is a multiple of
 
     def __init__(self,
         config:SpectralConfig,

@@ -13,7 +13,7 @@ from spectral_nb import cache, spectral
 from spectral_nb.attention import attend
 from spectral_nb.cache import SpectralCache, SpectralLayer, freeze_page
 from spectral_nb.codec import SpectralConfig
-from spectral_nb.evaluate import attention_implementation
+from spectral_nb.evaluate import attention_implementation, parse_spec
 from spectral_nb.rope import RopeTable
 from spectral_nb.spectral import GROUP, PLANES, WIDTHS, Layout, Loss, Pool, Sample, allocate, pack, planes_of, unpack
 
@@ -506,3 +506,9 @@ def test_what_coding_a_prompt_asks_of_a_gpu(tmp_path, tokens, layers, option, la
     if tokens == 8192: assert got["summary"]["dense_peak_mib"] == pytest.approx(1956, abs=2) # as an H100 measured it
     assert got["summary"]["peak_mib_above_dense"] <= layers * tokens / 256
     assert ops["all of the encoding"] < launches and ops["a page of all layers"] < page
+
+
+@pytest.mark.parametrize("spec,head_dim,multiple", [("spectral:8x", 40, 16), ("turbo:3/3", 40, 16), ("kivi:2/2", 80, 32), ("hf-int4", 96, 64)])
+def test_a_head_dim_that_a_codec_cannot_take_is_refused_at_once(spec, head_dim, multiple):
+    layer = SpectralLayer(parse_spec(spec), RopeTable(torch.ones(head_dim // 2), head_dim=head_dim))
+    with pytest.raises(ValueError, match=f"multiple of {multiple}, got {head_dim}.*coding='rank'"): layer.append(*torch.zeros(2, 1, 1, 4, head_dim))
