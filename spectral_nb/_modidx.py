@@ -16,6 +16,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'spectral_nb.attention.padding_of': ('attention.html#padding_of', 'spectral_nb/attention.py'),
                                        'spectral_nb.attention.prompt_importance': ( 'attention.html#prompt_importance',
                                                                                     'spectral_nb/attention.py'),
+                                       'spectral_nb.attention.refuse_biases': ('attention.html#refuse_biases', 'spectral_nb/attention.py'),
                                        'spectral_nb.attention.sample_queries': ( 'attention.html#sample_queries',
                                                                                  'spectral_nb/attention.py'),
                                        'spectral_nb.attention.sampled_rows': ('attention.html#sampled_rows', 'spectral_nb/attention.py'),

@@ -512,3 +512,14 @@ def test_what_coding_a_prompt_asks_of_a_gpu(tmp_path, tokens, layers, option, la
 def test_a_head_dim_that_a_codec_cannot_take_is_refused_at_once(spec, head_dim, multiple):
     layer = SpectralLayer(parse_spec(spec), RopeTable(torch.ones(head_dim // 2), head_dim=head_dim))
     with pytest.raises(ValueError, match=f"multiple of {multiple}, got {head_dim}.*coding='rank'"): layer.append(*torch.zeros(2, 1, 1, 4, head_dim))
+
+
+def test_a_mask_that_adds_numbers_is_refused_and_nothing_is_stored():
+    from tiny import tiny_model
+    model = tiny_model("llama")
+    cache, ids, sees = SpectralCache(model.config, ratio=4), torch.randint(4, 512, (1, 40)), torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
+    mask = torch.zeros(1, 1, 40, 40).masked_fill(~sees, torch.finfo(torch.float32).min)
+    with attention_implementation(model), torch.no_grad():
+        with pytest.raises(ValueError, match="adds numbers to scores"): model(ids, attention_mask=mask - .1 * torch.arange(40).flip(0), past_key_values=cache)
+        got = model(ids, attention_mask=mask, past_key_values=cache).logits
+    assert cache.get_seq_length() == 40 and torch.allclose(got, model(ids).logits, atol=1e-4)
