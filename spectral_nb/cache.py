@@ -570,7 +570,7 @@ def batch_repeat_interleave(self:SpectralLayer, repeats:int):
     "Each row `repeats` times."
     self.map_(lambda t: t.repeat_interleave(repeats, 0))
 
-# %% ../nbs/03_cache.ipynb #d31e3d7a
+# %% ../nbs/03_cache.ipynb #8a085b0e
 @patch
 @torch.no_grad()
 def crop(self:SpectralLayer,
@@ -592,6 +592,11 @@ def crop(self:SpectralLayer,
         self.cold.truncate(whole)
         self.hot = hot
     else: self.hot.drop(0, keep - cold)
+    if self.padding is not None: # a row of which nothing is left begins with its next token
+        L, cut = self.config.landmark_count, self.padding_per_row() > keep
+        self.padding = self.padding_per_row().clamp(max=keep)
+        first = torch.where(cut[:, None], self.padding[:, None] + torch.arange(L, device=self.device), self.landmark_slots[:, :L])
+        self.landmark_slots = torch.cat([first, self.landmark_slots[:, L:]], 1)
     if self.importance is not None:
         self.importance = self.importance.new_zeros(*self.importance.shape[:2], keep - whole) if keep < cold else self.importance[:, :, :keep - cold].clone()
 
