@@ -7,7 +7,7 @@ __all__ = ['REFUSED', 'BACKENDS', 'LISTENERS', 'softmax_attention', 'causal_mask
            'backend', 'without_backward', 'padding_of', 'spectral_attention_forward', 'output_gram', 'sampled_rows',
            'sample_queries', 'prompt_importance']
 
-# %% ../nbs/04_attention.ipynb #6f91fd6e
+# %% ../nbs/04_attention.ipynb #27770879
 import weakref
 
 import torch
@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .cache import CompressedStates, SpectralLayer, left_padding, text_in
+from .cache import CompressedStates, SpectralLayer, left_padding, seen_in, text_in
 from .spectral import Sample
 
 # %% ../nbs/04_attention.ipynb #ae73adb8
@@ -62,7 +62,7 @@ def _exact_parts(layer:SpectralLayer, key_states:Tensor, value_states:Tensor):
     for parts in zip((layer.landmark_keys, layer.landmark_values), layer.hot.states(), (key_states, value_states)):
         yield torch.cat([t.float() for t in parts], 2)
 
-# %% ../nbs/04_attention.ipynb #cf42f467
+# %% ../nbs/04_attention.ipynb #97c40596
 @torch.no_grad()
 def attend(
     layer:SpectralLayer, # Past tokens
@@ -80,8 +80,7 @@ def attend(
     scaling = D ** -.5 if scaling is None else scaling
     if attention_mask is None: attention_mask = causal_mask(Q, past + Q, query_states.device)
     if attention_mask.shape[-1] < past + Q: raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} keys, the cache and the new tokens are {past + Q}")
-    if attention_mask.dtype != torch.bool: attention_mask = attention_mask > torch.finfo(torch.float16).min / 2
-    attention_mask = attention_mask[:, :, -Q:, :past + Q].expand(B, 1, Q, past + Q)
+    attention_mask = seen_in(attention_mask)[:, :, -Q:, :past + Q].expand(B, 1, Q, past + Q)
     live = (layer.landmark_slots < n)[:, None, None]
     slots = layer.landmark_slots.clamp_max(past)[:, None, None]
     coded = ~layer.is_landmark(0, n)[:, None, None]
@@ -104,7 +103,7 @@ def attend(
 # %% ../nbs/04_attention.ipynb #d8baa0a0
 REFUSED = dict(s_aux="learned attention sinks", position_bias="position bias", head_mask="head masks")
 
-# %% ../nbs/04_attention.ipynb #2caa953d
+# %% ../nbs/04_attention.ipynb #43c81c5a
 _plain = lambda: None # The last mask that was looked at, or None
 
 def refuse_biases(
@@ -113,7 +112,7 @@ def refuse_biases(
     "Raise where a mask adds numbers to scores. Waits for the device, once for all layers, and for masks of floats only."
     global _plain
     if attention_mask is None or not attention_mask.is_floating_point() or _plain() is attention_mask: return
-    if ((attention_mask != 0) & (attention_mask > torch.finfo(torch.float16).min / 2)).any():
+    if ((attention_mask != 0) & seen_in(attention_mask)).any():
         raise ValueError("attention_mask adds numbers to scores, which a compressed cache cannot keep: pass a bool mask, or 0 and the dtype's minimum; or use another cache")
     _plain = weakref.ref(attention_mask)
 
@@ -142,14 +141,13 @@ def without_backward(
     "The output of an attention whose gradients are not known."
     return _NoBackward.apply(out, query) if torch.is_grad_enabled() and query.requires_grad else out
 
-# %% ../nbs/04_attention.ipynb #12399702
+# %% ../nbs/04_attention.ipynb #368cfb21
 def padding_of(
     attention_mask:Tensor|None, # `[B, 1, q_len, kv_len]` of a prompt
 ) -> Tensor|None: # `[B]` tokens, None without padding
     "Padding tokens on the left of each row."
     if attention_mask is None: return None
-    last, text = attention_mask[:, 0, -1], text_in(attention_mask)
-    seen = last if last.dtype == torch.bool else last > torch.finfo(torch.float16).min / 2
+    seen, text = seen_in(attention_mask[:, 0, -1]), text_in(attention_mask)
     seen = seen & (text.any(-1) | ~seen.all(-1))[:, None]
     past = seen.shape[1] - text.shape[1]
     padding = left_padding(torch.cat([seen[:, :past], seen[:, past:] | text], 1))

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['NO_SLOT', 'SCARCE_KEYS', 'LEAST', 'OUTGROWN', 'CompressedStates', 'Ledger', 'HotTier', 'to_int8', 'later', 'CacheOf',
-           'SpectralLayer', 'largest', 'check_finite', 'text_in', 'freeze_page', 'left_padding', 'fixed_nbytes',
-           'tokens_to_code', 'token_weights', 'rows_to_fit', 'what_stays', 'code_prompt', 'fit_layers', 'SpectralCache']
+           'SpectralLayer', 'largest', 'check_finite', 'seen_in', 'text_in', 'freeze_page', 'left_padding',
+           'fixed_nbytes', 'tokens_to_code', 'token_weights', 'rows_to_fit', 'what_stays', 'code_prompt', 'fit_layers',
+           'SpectralCache']
 
 # %% ../nbs/03_cache.ipynb #d1393eb0
 import copy
@@ -333,18 +334,23 @@ def append(self:SpectralLayer,
     if over and self.cold.ready: self.freeze(over) if alone else self.on_page(self)
     elif not self.cold.ready and self.hot_length >= (least := max(self.config.fit_length, self.config.hot_buffer_size + self.cold.page)) and self.hot_length - self.unfit >= least: self.on_full(self)
 
-# %% ../nbs/03_cache.ipynb #2a98c879
+# %% ../nbs/03_cache.ipynb #589cc964
+def seen_in(
+    attention_mask:Tensor, # Bool or additive
+) -> Tensor: # Bool, of the same shape
+    "What a mask shows."
+    return attention_mask if attention_mask.dtype == torch.bool else attention_mask > torch.finfo(torch.float16).min / 2
+
 def text_in(
     attention_mask:Tensor, # `[B, 1, n, kv]` bool or additive, of the last `n` of `kv` tokens
 ) -> Tensor: # `[B, n]` bool
     "Which tokens of a call are no padding."
-    seen = attention_mask[:, 0]
-    if seen.dtype != torch.bool: seen = seen > torch.finfo(torch.float16).min / 2
+    seen = seen_in(attention_mask[:, 0])
     n, own = seen.shape[1], seen.diagonal(seen.shape[2] - seen.shape[1], 1, 2)
     opened = seen[:, 0].all(-1)
     return own if n == 1 or opened.all() else own & ~(opened[:, None] & seen[:, :, 0])
 
-# %% ../nbs/03_cache.ipynb #1a566581
+# %% ../nbs/03_cache.ipynb #75d1a521
 @patch
 def restarts(self:SpectralLayer,
     position_ids:Tensor, # Positions of new tokens, `[n]` or `[B, n]`
@@ -360,8 +366,7 @@ def restarts(self:SpectralLayer,
         text = text_in(mask)
         if not text.any(): return False
         at = text.int().argmax(-1)
-        seen = mask[rows, 0, at, :past]
-        last = (seen if seen.dtype == torch.bool else seen > torch.finfo(torch.float16).min / 2).sum(-1) - 1
+        last = seen_in(mask[rows, 0, at, :past]).sum(-1) - 1
         first = torch.where(text.any(-1), position_ids.expand(len(last), -1)[rows, at], last + 1)
     if (first > last).all(): return False
     if (first > 1).any(): raise ValueError(f"position_ids go back to {first.min().item()} while {self.get_seq_length()} tokens are held; call crop() or reset() first")
@@ -466,7 +471,15 @@ def left_padding(
     "Padding on the left of each row: all of a row of nothing else."
     return torch.where((seen != 0).any(-1), (seen != 0).int().argmax(-1), seen.shape[-1])
 
-# %% ../nbs/03_cache.ipynb #d0ec68f6
+# %% ../nbs/03_cache.ipynb #3bc3da24
+@patch
+def begin_at(self:SpectralLayer,
+    padding:Tensor, # Of each row `[B]`
+):
+    "Put the beginnings of rows, and with them their first landmarks, behind this padding."
+    first = padding[:, None] + torch.arange(self.config.landmark_count, device=self.device)
+    self.padding, self.landmark_slots = padding, torch.cat([first, self.landmark_slots[:, first.shape[1]:]], 1)
+
 @patch
 def more_padding(self:SpectralLayer,
     padding:Tensor|None, # Of each row, as the mask of a later call has it `[B]`
@@ -475,9 +488,7 @@ def more_padding(self:SpectralLayer,
     if padding is None or self.padding is None: return
     late = self.padding_per_row() >= self.get_seq_length()
     if not late.any(): return
-    self.padding = torch.where(late, padding.to(self.device), self.padding_per_row())
-    first = self.padding[:, None] + torch.arange(self.config.landmark_count, device=self.device)
-    self.landmark_slots = torch.cat([first, self.landmark_slots[:, first.shape[1]:]], 1)
+    self.begin_at(torch.where(late, padding.to(self.device), self.padding_per_row()))
 
 # %% ../nbs/03_cache.ipynb #51ac3129
 NO_SLOT = 2 ** 31 - 1
@@ -570,7 +581,7 @@ def batch_repeat_interleave(self:SpectralLayer, repeats:int):
     "Each row `repeats` times."
     self.map_(lambda t: t.repeat_interleave(repeats, 0))
 
-# %% ../nbs/03_cache.ipynb #8a085b0e
+# %% ../nbs/03_cache.ipynb #0a60541a
 @patch
 @torch.no_grad()
 def crop(self:SpectralLayer,
@@ -592,11 +603,7 @@ def crop(self:SpectralLayer,
         self.cold.truncate(whole)
         self.hot = hot
     else: self.hot.drop(0, keep - cold)
-    if self.padding is not None: # a row of which nothing is left begins with its next token
-        L, cut = self.config.landmark_count, self.padding_per_row() > keep
-        self.padding = self.padding_per_row().clamp(max=keep)
-        first = torch.where(cut[:, None], self.padding[:, None] + torch.arange(L, device=self.device), self.landmark_slots[:, :L])
-        self.landmark_slots = torch.cat([first, self.landmark_slots[:, L:]], 1)
+    if self.padding is not None: self.begin_at(self.padding_per_row().clamp(max=keep)) # a row of which nothing is left begins with its next token
     if self.importance is not None:
         self.importance = self.importance.new_zeros(*self.importance.shape[:2], keep - whole) if keep < cold else self.importance[:, :, :keep - cold].clone()
 

@@ -9,7 +9,7 @@ __all__ = ['log', 'FAST_TYPES', 'GENERATE_REFUSED', 'DECODE_ARGS', 'LOOP_ARGS', 
            'check_unsloth', 'clone_with', 'decode_forward', 'replace_once', 'coded_at_the_end', 'stand_in',
            'patch_unsloth_attention', 'unpatch_unsloth_attention', 'spectral']
 
-# %% ../nbs/06_integration.ipynb #e6f9eba1
+# %% ../nbs/06_integration.ipynb #7953a567
 import copy, functools, importlib.util, inspect, logging, types, warnings
 from dataclasses import replace
 from collections import deque
@@ -22,7 +22,7 @@ from transformers import GenerationMixin
 
 from .attention import LISTENERS, attend, causal_mask, dense_attention, output_gram, padding_of, sampled_rows, softmax_attention, without_backward
 from . import calibrate
-from .cache import CompressedStates, SpectralCache, SpectralLayer, left_padding
+from .cache import CompressedStates, SpectralCache, SpectralLayer, left_padding, seen_in
 from .codec import SpectralConfig
 from .rope import apply_rope, rope_table
 from .spectral import Sample
@@ -150,7 +150,7 @@ def rotate(
     a, b = x.chunk(2, -1)
     return torch.addcmul(x * cos, torch.cat([-b, a], -1), sin).to(x.dtype)
 
-# %% ../nbs/06_integration.ipynb #784cda71
+# %% ../nbs/06_integration.ipynb #f5c0f73d
 def keep_mask(
     mask, # None, `[B, kv]`, additive `[longest, longest]`, `[B or 1, 1, n, kv]` bool or additive, or a mask object of another library
     n:int, # New tokens
@@ -166,7 +166,7 @@ def keep_mask(
     if not isinstance(mask, Tensor): return own
     if mask.ndim == 2 and mask.is_floating_point() and len(mask) == mask.shape[1] >= kv: return own # Gemma 2: causal, for any length
     if mask.ndim == 2: mask = (mask != 0)[:, None, None]
-    if mask.is_floating_point(): mask = mask > torch.finfo(torch.float16).min / 2
+    if mask.is_floating_point(): mask = seen_in(mask)
     mask = mask[..., -n:, -kv:].bool()
     return mask if own is None else mask & own
 

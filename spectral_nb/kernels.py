@@ -9,7 +9,7 @@ __all__ = ['scratch', 'T4', 'counters', 'Steps', 'cheapest', 'steps_of', 'thread
            'aligned', 'plan_launches', 'decode_attention', 'has_written', 'write_hot', 'stored', 'first_head', 'attend',
            'TritonSpectralConfig']
 
-# %% ../nbs/05_kernels.ipynb #5fae7ba1
+# %% ../nbs/05_kernels.ipynb #34cc93aa
 import copy
 import logging
 import threading
@@ -30,7 +30,7 @@ try:
 except ImportError: triton, tl = None, SimpleNamespace(constexpr=int)
 
 from . import attention
-from .cache import HotTier, SpectralLayer
+from .cache import HotTier, SpectralLayer, seen_in
 from .codec import SpectralConfig
 from .rope import RopeTable
 from .spectral import CHUNK, GROUP, PAGE, Coded, Layout
@@ -987,7 +987,7 @@ def stored(
     hot.n += 1
     return True
 
-# %% ../nbs/05_kernels.ipynb #cd2f8a69
+# %% ../nbs/05_kernels.ipynb #eb4037de
 _masks = {} # The last one of each device: the mask that was given, tokens, rows, bytes, layers that have seen it
 
 def _mask_bytes(layer:SpectralLayer, attention_mask:Tensor, B:int): # uint8 `[B, past + 1]`
@@ -997,7 +997,7 @@ def _mask_bytes(layer:SpectralLayer, attention_mask:Tensor, B:int): # uint8 `[B,
         return held[3]
     if attention_mask.shape[-1] < past + 1: raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} keys, the cache and the new token are {past + 1}")
     mask = attention_mask[:, 0, -1, :past + 1]
-    if mask.dtype != torch.bool: mask = mask > torch.finfo(torch.float16).min / 2
+    mask = seen_in(mask)
     out = torch.zeros(B, (past // 256 + 1) * 256, dtype=torch.uint8, device=mask.device)[:, :past + 1]
     out.copy_(mask)
     _masks[attention_mask.device] = weakref.ref(attention_mask), past, B, out, {id(layer)}
