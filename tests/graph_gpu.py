@@ -36,5 +36,5 @@ for dtype in [getattr(torch, n) for n in sys.argv[2:] or ("float32", "float16", 
         rows.append(dict(dtype=str(dtype), batch=batch, steps=200, captures=graph.captures, same_cache=same, hot_tier=hot, own_way=drift))
         print(rows[-1], flush=True)
 Path(sys.argv[1]).write_text(json.dumps(dict(**stamp(" ".join(["python tests/graph_gpu.py OUT.json", *sys.argv[2:]])), rows=rows), indent=1) + "\n")
-most = dict(float32=1e-3, float16=2e-3, bfloat16=1.6e-2) # two units of rounding; float32: recent tokens are rounded to int8
+most = dict(float32=1e-3, float16=2e-3, bfloat16=8e-3) # two units of rounding in float16, one in bfloat16; float32: recent tokens are rounded to int8
 for r in rows: assert max(r["same_cache"], r["hot_tier"]) < most[r["dtype"].split(".")[1]] and r["captures"] >= 2, r
