@@ -676,6 +676,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spectral_nb.kernels._mask_bytes': ('kernels.html#_mask_bytes', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._number': ('kernels.html#_number', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._numbers': ('kernels.html#_numbers', 'spectral_nb/kernels.py'),
+                                     'spectral_nb.kernels._parts': ('kernels.html#_parts', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._power': ('kernels.html#_power', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._project': ('kernels.html#_project', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._queries': ('kernels.html#_queries', 'spectral_nb/kernels.py'),

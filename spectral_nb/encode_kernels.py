@@ -224,17 +224,19 @@ def invert_factor(X, OUT, D: tl.constexpr, DP: tl.constexpr):
     a = tl.where(same, 1., tl.where(i[:, None] > i[None, :], a, 0.)) * pivot[:, None] * size[None, :]
     tl.store(OUT + tl.program_id(0).to(tl.int64) * D * D + i[:, None] * D + i[None, :], a, mask=inside)
 
-# %% ../nbs/05c_encode_kernels.ipynb #8ac923ab
+# %% ../nbs/05c_encode_kernels.ipynb #6229d4e6
 @jit
-def invert_bases(BASIS, SCALE, OFFSET, SIZES, WHERE, OUT, BIAS, rank: int, N: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RP: tl.constexpr):
+def invert_bases(BASIS, SCALE, OFFSET, SIZES, WHERE, OUT, BIAS, rank: int, N: tl.constexpr, D: tl.constexpr, DC: tl.constexpr, RP: tl.constexpr):
     "What turns states of one layer and head into codes before rounding, and what is added then."
     at = tl.program_id(0).to(tl.int64)
     bh, layer = at // N, at % N
-    kept, i, d = tl.load(SIZES + 2 * layer), tl.arange(0, RP), tl.arange(0, DP)
-    inside = (i < kept)[:, None] & (d < D)[None, :]
-    basis = tl.load(BASIS + tl.load(WHERE + 5 * layer + 3) * 16 + (bh * kept + i[:, None]) * D + d[None, :], mask=inside, other=0).to(tl.float16)
+    kept, i, d = tl.load(SIZES + 2 * layer), tl.arange(0, RP), tl.arange(0, DC)
+    BASIS += tl.load(WHERE + 5 * layer + 3) * 16 + (bh * kept + i[:, None]) * D + d[None, :]
     scale = tl.load(SCALE + tl.load(WHERE + 5 * layer + 4) * 16 + bh * kept + i, mask=i < kept, other=1.)
-    a = tl.dot(basis, tl.trans(basis))
+    a = tl.zeros([RP, RP], tl.float32)
+    for c in range(0, D, DC): # some dimensions at a time: more do not fit the registers of sm_80
+        basis = tl.load(BASIS + c, mask=(i < kept)[:, None] & (c + d < D)[None, :], other=0).to(tl.float16)
+        a = tl.dot(basis, tl.trans(basis), a)
     same = i[:, None] == i[None, :]
     size = 1. / tl.sqrt(tl.maximum(tl.sum(tl.where(same, a, 0.), 1), 1.))
     a = a * size[:, None] * size[None, :] + tl.where(same, 1e-6, 0.)
@@ -246,11 +248,13 @@ def invert_bases(BASIS, SCALE, OFFSET, SIZES, WHERE, OUT, BIAS, rank: int, N: tl
     most = tl.maximum(tl.max(tl.abs(a), 1), 1e-30)
     a *= (1. / most)[:, None]
     high = a.to(tl.float16)
-    a = tl.dot((a - high.to(tl.float32)).to(tl.float16), basis, tl.dot(high, basis)) * (most * size / scale)[:, None]
-    OUT += (at * rank + i[:, None]) * D + d[None, :]
-    tl.store(OUT, a, mask=(i < rank)[:, None] & (d < D)[None, :])
-    offset = tl.load(OFFSET + at * D + d, mask=d < D, other=0.)
-    tl.store(BIAS + at * rank + i, -tl.sum(a * offset[None, :], 1), mask=i < rank)
+    low, most, sums = (a - high.to(tl.float32)).to(tl.float16), most * size / scale, tl.zeros([RP], tl.float32)
+    for c in range(0, D, DC):
+        basis = tl.load(BASIS + c, mask=(i < kept)[:, None] & (c + d < D)[None, :], other=0).to(tl.float16)
+        x = tl.dot(low, basis, tl.dot(high, basis)) * most[:, None]
+        tl.store(OUT + (at * rank + i[:, None]) * D + (c + d)[None, :], x, mask=(i < rank)[:, None] & (c + d < D)[None, :])
+        sums += tl.sum(x * tl.load(OFFSET + at * D + c + d, mask=c + d < D, other=0.)[None, :], 1)
+    tl.store(BIAS + at * rank + i, -sums, mask=i < rank)
 
 def pseudo_inverses(
     coded:list[Coded], # Keys or values of several layers
@@ -265,7 +269,7 @@ def pseudo_inverses(
     basis, scale, rank = _whole([c.basis for c in coded]), _whole([c.scale for c in coded]), levels.shape[2]
     analysis, bias = (torch.empty(B, H, N, *s, device=dev) for s in ((rank, D), (1, rank)))
     where = torch.tensor([(0, 0, 0, *pair) for pair in zip(addresses(basis), addresses(scale))]).to(dev, non_blocking=True)
-    with on(dev): invert_bases[B * H * N,](basis[0], scale[0], offset, sizes, where, analysis, bias, rank, N=N, D=D, DP=1 << (D - 1).bit_length(), RP=1 << (rank - 1).bit_length(), num_warps=4)
+    with on(dev): invert_bases[B * H * N,](basis[0], scale[0], offset, sizes, where, analysis, bias, rank, N=N, D=D, DC=32, RP=1 << (rank - 1).bit_length(), num_warps=4, num_stages=1)
     return analysis, bias
 
 # %% ../nbs/05c_encode_kernels.ipynb #60064d88

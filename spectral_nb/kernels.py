@@ -314,14 +314,13 @@ def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, first, marks, part, E, bh
         tl.store(LE + o, tl.sum(p, 0))
         tl.store(AE + o * D + d, tl.sum(p[:, None] * v, 0), mask=dok)
 
-# %% ../nbs/05_kernels.ipynb #cd16d4ef
+# %% ../nbs/05_kernels.ipynb #6de0d8ac
 @jit
 def prepare(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QS, QB, HK, HV, HKS, HVS, LK, LV, LSLOT, NK, NV, MASK, LEN, ME, LE, AE,
             hots:int, marks:int, E:int, pages:int, blocks:int, parts:int, rank:int, n_cold:int, L:int, mask_row:int, hot_row:int, scaling, loss_factor, cap2,
             H: tl.constexpr, G: tl.constexpr, G2: tl.constexpr, N: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, D2: tl.constexpr, NO: tl.constexpr,
-            R: tl.constexpr, NT: tl.constexpr, PB: tl.constexpr, LR: tl.constexpr, TE: tl.constexpr, TM: tl.constexpr, HALVES: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr):
+            R: tl.constexpr, NT: tl.constexpr, PB: tl.constexpr, LR: tl.constexpr, TE: tl.constexpr, TM: tl.constexpr, HALVES: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, ASM: tl.constexpr):
     "All that a query does besides reading codes: landmarks and the new token, hot tokens, biases of the pages, projections at each page."
-    if PDL: tl.extra.cuda.gdc_launch_dependents()
     bh = tl.program_id(0)
     pid = tl.program_id(1)
     exact = hots + marks
@@ -357,15 +356,13 @@ def _write(K, V, HK, HV, HKS, HVS, AT, hot_row:int, D: tl.constexpr, DP: tl.cons
         tl.store(HV + to * D + d, q, mask=ok)
         tl.store(HVS + to, scale)
 
-# %% ../nbs/05_kernels.ipynb #2bad2e70
+# %% ../nbs/05_kernels.ipynb #f52374ca
 @jit
 def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_split:int, marked:int, first_page:int, L:int, mask_row:int, cap2,
            H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, KSUB: tl.constexpr, VSUB: tl.constexpr, KOFF: tl.constexpr, VOFF: tl.constexpr, KAT: tl.constexpr, VROW: tl.constexpr, NO: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, VSTEPS: tl.constexpr,
            T: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr):
     "Attention of one query to coded tokens: maximum, sum and sums of value codes of each part."
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    if PDL: tl.extra.cuda.gdc_launch_dependents() # `merge` is launched once all programs run
     split = tl.program_id(0)
     bh = tl.program_id(1)
     S = tl.num_programs(0)
@@ -436,11 +433,11 @@ def decode(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_s
     tl.store(LO + o, l_run, mask=g < G)
     for i in tl.static_range(VSTEPS): tl.store(AO + (o[None, :] * VSTEPS + i) * 16 + r16[:, None], acc[i], mask=(g < G)[None, :])
 
-# %% ../nbs/05_kernels.ipynb #1a498e35
+# %% ../nbs/05_kernels.ipynb #b9568a74
 @jit
 def decode_gemv(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, per_split:int, marked:int, first_page:int, L:int, mask_row:int, cap2,
                 H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, KSUB: tl.constexpr, VSUB: tl.constexpr, KOFF: tl.constexpr, VOFF: tl.constexpr, KAT: tl.constexpr, VROW: tl.constexpr, NO: tl.constexpr, WK: tl.constexpr, WV: tl.constexpr, VSTEPS: tl.constexpr,
-                T: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr):
+                T: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, ASM: tl.constexpr):
     "`decode` without tensor cores: all tensors of bytes are read as words of four, codes of keys along components, those of values along tokens."
     split = tl.program_id(0)
     bh = tl.program_id(1)
@@ -522,7 +519,12 @@ def decode_gemv(KC, VC, QT, QS, QB, LSLOT, MASK, MK, MV, MO, LO, AO, pages:int, 
         tl.store(LO + o + one, l_run[j])
         for i in tl.static_range(VSTEPS): tl.store(AO + (o * VSTEPS + i) * 16 + r16, acc[j * VSTEPS + i])
 
-# %% ../nbs/05_kernels.ipynb #2389ef41
+# %% ../nbs/05_kernels.ipynb #a9da06d4
+@jit
+def _parts(AO, first, s, S, g, c, G: tl.constexpr, VC: tl.constexpr):
+    "Sums of value codes of some parts."
+    return tl.load(AO + ((first + s) * G + g)[:, None] * VC + c[None, :], mask=(s < S)[:, None] & (c < VC)[None, :], other=0)
+
 @jit
 def merge(MO, LO, AO, ME, LE, AE, BASIS, SCALE, CI, CF, OFFSET, OUT, S:int, have:int, E:int, rank:int,
           G: tl.constexpr, D: tl.constexpr, DB: tl.constexpr, VC: tl.constexpr, VCP: tl.constexpr, SP: tl.constexpr, EP: tl.constexpr, SB: tl.constexpr, FINAL: tl.constexpr, PDL: tl.constexpr, ASM: tl.constexpr):
@@ -535,6 +537,7 @@ def merge(MO, LO, AO, ME, LE, AE, BASIS, SCALE, CI, CF, OFFSET, OUT, S:int, have
     cs = tl.load(CF + c, mask=c < VC, other=0) * tl.load(SCALE + bh * rank + comp, mask=c < VC, other=0)
     off = tl.load(OFFSET + bh * D + d, mask=d < D, other=0)
     if PDL: tl.extra.cuda.gdc_wait() # what is above was there before
+    x = _parts(AO, bh * S, sb, S, g, c, G, VC)
     ms = tl.load(MO + (bh * S + s) * G + g, mask=s < S, other=-1e30)
     ls = tl.load(LO + (bh * S + s) * G + g, mask=s < S, other=0)
     top = tl.max(ms, 0)
@@ -544,12 +547,10 @@ def merge(MO, LO, AO, ME, LE, AE, BASIS, SCALE, CI, CF, OFFSET, OUT, S:int, have
         ve = tl.load(AE + ((bh * E + e) * G + g)[:, None] * D + d[None, :], mask=(e < have)[:, None] & (d < D)[None, :], other=0)
         top = tl.maximum(top, tl.max(me, 0))
     total = tl.sum(ls * tl.math.exp2(ms - top), 0)
-    sums = tl.zeros([SB, VCP], tl.float32)
-    for s0 in range(0, S, SB):
-        at = s0 + sb
-        w = tl.math.exp2(tl.load(MO + (bh * S + at) * G + g, mask=at < S, other=-1e30) - top)
-        a = tl.load(AO + ((bh * S + at) * G + g)[:, None] * VC + c[None, :], mask=(at < S)[:, None] & (c < VC)[None, :], other=0)
-        sums += a * w[:, None]
+    sums = x * tl.math.exp2(tl.load(MO + (bh * S + sb) * G + g, mask=sb < S, other=-1e30) - top)[:, None]
+    for s0 in range(SB, S, SB):
+        w = tl.math.exp2(tl.load(MO + (bh * S + s0 + sb) * G + g, mask=s0 + sb < S, other=-1e30) - top)
+        sums += _parts(AO, bh * S, s0 + sb, S, g, c, G, VC) * w[:, None]
     coef = tl.sum(sums, 0)
     out = off * total + tl.sum(_half(rows, ASM).to(tl.float32) * (coef * cs)[:, None], 0)
     if FINAL:
@@ -656,7 +657,7 @@ class Scratch:
 
 scratch = Scratch()
 
-# %% ../nbs/05_kernels.ipynb #bce2e25a
+# %% ../nbs/05_kernels.ipynb #b7527a54
 @dataclass(frozen=True)
 class Tuning:
     "Sizes of programs. The defaults were chosen on an H100; `tools/tune_kernels.py` measures them all."
@@ -674,7 +675,7 @@ class Tuning:
     merge_warps:int=8 # Where `merge` has few programs, else a quarter, for half as large a tile
     parts:int=64 # Of a tile of `merge`
     dims:int=64 # Of a program of `merge`
-    pdl:bool=False # Kernels wait for the one before by themselves, from sm_90 on: a launch overlaps with its end
+    pdl:bool=False # `merge` is launched while `decode` runs and waits for it by itself (programmatic dependent launch, from sm_90 on)
     gemv:bool=False # Without tensor cores
 
 T4 = Tuning(tokens=32, programs=320, warps=4, stages=1, rows=16, pages=16, prepare_warps=4, hot=16, gemv=True)
@@ -688,9 +689,10 @@ def tuning_for(
     device:torch.device,
 ) -> Tuning:
     "Variant for a device, by its compute capability."
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0): return T4
     if device.type != "cuda": return Tuning()
-    return Tuning(multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count, prepare_registers=(160, 128) if torch.cuda.get_device_capability(device) == (9, 0) else None)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0): return T4
+    return Tuning(multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count, prepare_registers=(160, 128) if capability == (9, 0) else None, pdl=capability >= (9, 0) and hasattr(tl.extra.cuda, "gdc_wait"))
 
 # %% ../nbs/05_kernels.ipynb #c75eb451
 def _power(n): return 1 << max(0, n - 1).bit_length()
@@ -842,7 +844,7 @@ def aligned(
     if not x.is_contiguous(): x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
-# %% ../nbs/05_kernels.ipynb #4e07044a
+# %% ../nbs/05_kernels.ipynb #41772051
 def plan_launches(
     layer:SpectralLayer,
     step:dict[str, Tensor], # query, key, value, out, mask, length
@@ -862,8 +864,7 @@ def plan_launches(
     E, first, out = hots + len(segments), 0, []
     f32, i8, asm = torch.float32, torch.int8, not interpreted()
     me, le, ae = scratch("me", dev, f32, BH, E, G), scratch("le", dev, f32, BH, E, G), scratch("ae", dev, f32, BH, E, G, D)
-    flags = dict(MASKED=masked, CAP=softcap is not None, PDL=t.pdl)
-    after = dict(launch_pdl=True) if t.pdl else {}
+    flags = dict(MASKED=masked, CAP=softcap is not None)
     mask_row, cap2 = step["mask"].stride(0) if masked else 0, float((softcap or 1.) * LOG2E)
     def add(fn, grid, args, constants, **options):
         names = {id(x): n for n, x in step.items()}
@@ -900,11 +901,11 @@ def plan_launches(
         lengths = pages, split, marked_pages(layer), first, L, mask_row
         add(decode_gemv if t.gemv else decode, (S, BH), (*codes, *lengths, cap2), dict(
             H=H, G=G, GP=GP, KSUB=ks.subs, VSUB=vs.subs, KOFF=ks.offsets, VOFF=vs.offsets, KAT=kt.places, VROW=vs.starts, NO=kt.octets, WK=s.keys.codes.shape[-1] // PAGE, WV=vs.width, VSTEPS=vs.count,
-            T=t.tokens if GP < 16 else min(64, t.tokens), ASM=asm, **flags), num_warps=t.warps, num_stages=t.stages, **after)
+            T=t.tokens if GP < 16 else min(64, t.tokens), ASM=asm, **({} if t.gemv else dict(PDL=t.pdl)), **flags), num_warps=t.warps, num_stages=t.stages)
         share = 1 if BH * G * _ceil(D, t.dims) <= t.programs // 4 else 2
         add(merge, (BH * G, _ceil(D, t.dims)), (
             mo, lo, ao, me, le, ae, s.values.basis, s.values.scale, vt.comps, vt.factors, s.values.offset, step["out"], S, hots + 1 + i, E, s.values.layout.rank),
-            dict(G=G, D=D, DB=t.dims, VC=vs.count * GROUP, VCP=_power(vs.count * GROUP), SP=_power(S), EP=_power(E), SB=min(t.parts // share, _power(S)), FINAL=i == len(segments) - 1, PDL=t.pdl, ASM=asm), num_warps=t.merge_warps // share ** 2, **after)
+            dict(G=G, D=D, DB=t.dims, VC=vs.count * GROUP, VCP=_power(vs.count * GROUP), SP=_power(S), EP=_power(E), SB=min(t.parts // share, _power(S)), FINAL=i == len(segments) - 1, PDL=t.pdl, ASM=asm), num_warps=t.merge_warps // share ** 2, **(dict(launch_pdl=True) if t.pdl else {}))
         first += pages
     return out
 

@@ -27,6 +27,7 @@ def test_pictures_are_of_the_stored_results():
     sys.path.insert(0, str(ROOT / "tools"))
     import pictures
     assert (ROOT / "nbs/images/codecs.svg").read_text() == pictures.codecs(pictures.load("eval_llama_4096.json"))
+    assert (ROOT / "nbs/images/speed.svg").read_text() == pictures.speed(*(pictures.load(f"bench_{n}.json") for n in ("attention", "decode", "encode")))
     assert (ROOT / "nbs/images/training.svg").read_text() == pictures.training([pictures.load("training_llama.json"), pictures.load("training_qwen3.json")])
 
 

@@ -3,6 +3,7 @@
 The plots need kaleido (`pip install kaleido`) and a Chrome or Chromium (`BROWSER_PATH`); the bars and lines of the front page and of training need nothing.
 """
 import json
+import math
 import re
 from html import escape
 from pathlib import Path
@@ -60,6 +61,41 @@ def training(results):
     for i, (r, colour) in enumerate(zip(results, (BLUE, ORANGE))):
         parts += [f'<rect x="{width - 210 + 100 * i}" y="22" width="14" height="14" fill="{colour}"/>', text(width - 190 + 100 * i, 34, r["arch"])]
     return svg(width, 490, parts, "Loss falls and recall of codes rises to 100 % within the first minutes")
+
+
+def speed(attention, decode, encode):
+    "Times of each benchmark beside the time that reading its bytes takes at the bandwidth of a copy (the roofline), on a scale of powers of ten."
+    dense_bytes = lambda r: r["batch"] * r["tokens"] * 2 * 8 * 128 * 2  # keys and values of 8 heads of 128 in float16
+    weights = 2 * (32 * (2 * 4096 ** 2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 4096 * 32000)  # of the Mistral-7B shape, bytes that a step reads
+    rate = 1e9 * attention["copy_gb_s"]
+    title = lambda r: f"{r['batch']} x {r['tokens'] // 1024}K"
+    one = [(title(r), (("dense", min(t for n, t in r.items() if n.startswith("dense") and not isinstance(t, str)), 1e6 * dense_bytes(r) / rate), ("spectral", r["spectral_us"], r["gb_s"] * r["spectral_us"] / attention["copy_gb_s"]))) for r in attention["rows"]]
+    ways = {(r["way"], r["batch"], r["tokens"]): r for r in decode["rows"]}
+    all_layers = [(title(r), tuple((name, row["step_ms"], 1e3 * (weights + row["cache_mib"] * 2 ** 20) / rate) for name, row in (("dense", ways["static + CUDA graph", b, n]), ("spectral", r)))) for (way, b, n), r in ways.items() if way == "spectral + CUDA graph" and b == 1]
+    pages = [(title(r), (("a step", r["graph_step_ms"], None), ("a page", r["page_ms"], None))) for r in encode["rows"]]
+    panels = [("One layer's attention, microseconds", one, 1, 1000), ("A decode step of the whole model, in a CUDA graph, milliseconds", all_layers, 1, 100), ("Coding a page of all layers, beside a step, milliseconds", pages, 1, 100)]
+    left, width, right, bar, parts, said, y = 170, 900, 100, 20, [], [], 78
+    parts += [text(20, 30, "Measured times and the roofline", 18, weight="600")]
+    for name, colour, at in (("dense", ORANGE, 430), ("spectral", BLUE, 520)): parts += [f'<circle cx="{at}" cy="25" r="6" fill="{colour}"/>', text(at + 12, 30, name)]
+    parts += [f'<line x1="630" x2="630" y1="17" y2="33" stroke="{GREY}" stroke-width="3"/>', text(640, 30, "its bytes at a copy's bandwidth")]
+    for head, rows, low, high in panels:
+        x = lambda v: left + (width - left - right) * (math.log10(v) - math.log10(low)) / (math.log10(high) - math.log10(low))
+        end = y + sum(bar * len(r) + 10 for _, r in rows)
+        parts.append(text(20, y - 12, head, fill=GREY))
+        for tick in (t * 10 ** e for e in range(4) for t in (1, 3)):
+            if low <= tick <= high: parts += [f'<line x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{y}" y2="{end}" stroke="#dddddd"/>', text(x(tick), end + 14, f"{tick}", 12, "middle")]
+        for label, bars in rows:
+            parts.append(text(left - 70, y + bar * len(bars) / 2 + 5, label, anchor="end"))
+            for i, (name, t, least) in enumerate(bars):
+                colour, middle = GREY if name == "a step" else (ORANGE, BLUE)[i], y + bar * i + bar / 2
+                if "a " in name: parts.append(text(left - 8, middle + 5, name, 12, "end", GREY))
+                if least: parts += [f'<line x1="{x(least):.1f}" x2="{x(t):.1f}" y1="{middle}" y2="{middle}" stroke="{colour}" stroke-width="3" opacity=".4"/>', f'<line x1="{x(least):.1f}" x2="{x(least):.1f}" y1="{middle - 8}" y2="{middle + 8}" stroke="{GREY}" stroke-width="3"/>']
+                parts += [f'<circle cx="{x(t):.1f}" cy="{middle}" r="6" fill="{colour}"/>', text(x(t) + 12, middle + 5, f"{t:g}" + (f"  ({bars[0][1] / t:.2f} times as fast)" if i and least else ""), 13)]
+                said.append(f"{label} {name} {t:g}" + (f" of at least {least:.1f}" if least else ""))
+            y += bar * len(bars) + 10
+        y += 62
+    parts.append(text(20, y - 24, f"{attention['device']}, Mistral-7B shape, float16, 8x; dense: PyTorch's fastest kernel, transformers' static cache; a copy: {attention['copy_gb_s'] / 1000:.1f} TB/s", 12, fill=GREY))
+    return svg(width, y - 8, parts, "; ".join(said))
 
 
 MODELS = dict(llama="Llama, head_dim 128", qwen3="Qwen3, head_dim 64")
@@ -138,6 +174,7 @@ def main(plots=True):
     (NBS / "images").mkdir(exist_ok=True)
     (NBS / "images" / "codecs.svg").write_text(codecs(load("eval_llama_4096.json")))
     (NBS / "images" / "training.svg").write_text(training([load("training_llama.json"), load("training_qwen3.json")]))
+    (NBS / "images" / "speed.svg").write_text(speed(*(load(f"bench_{n}.json") for n in ("attention", "decode", "encode"))))
     if not plots: return
     stories = {m: load(f"story_{m}.json") for m in MODELS}
     save(spectra(stories["llama"]), "spectra")
