@@ -581,7 +581,7 @@ def batch_repeat_interleave(self:SpectralLayer, repeats:int):
     "Each row `repeats` times."
     self.map_(lambda t: t.repeat_interleave(repeats, 0))
 
-# %% ../nbs/03_cache.ipynb #0a60541a
+# %% ../nbs/03_cache.ipynb #5aa67190
 @patch
 @torch.no_grad()
 def crop(self:SpectralLayer,
@@ -602,6 +602,7 @@ def crop(self:SpectralLayer,
         hot.append(keys[:, :, whole:keep], values[:, :, whole:keep])
         self.cold.truncate(whole)
         self.hot = hot
+    elif keep > cold and self.hot.keys_scale is not None: self.hot.n = keep - cold # there is room for what comes instead: candidates are cropped at every step
     else: self.hot.drop(0, keep - cold)
     if self.padding is not None: self.begin_at(self.padding_per_row().clamp(max=keep)) # a row of which nothing is left begins with its next token
     if self.importance is not None:

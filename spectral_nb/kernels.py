@@ -6,8 +6,8 @@
 __all__ = ['scratch', 'T4', 'counters', 'Steps', 'cheapest', 'steps_of', 'thread_order', 'prepare', 'decode', 'decode_gemv',
            'merge', 'LayoutTables', 'layout_tables', 'rotary_pairs', 'anchor_table', 'stream_of', 'Scratch', 'Tuning',
            'interpreted', 'tuning_for', 'marked_pages', 'unsupported', 'places', 'Launch', 'run_launches', 'Kept',
-           'aligned', 'plan_launches', 'decode_attention', 'has_written', 'write_hot', 'stored', 'first_head', 'attend',
-           'TritonSpectralConfig']
+           'aligned', 'plan_launches', 'decode_attention', 'has_written', 'write_hot', 'stored', 'first_head',
+           'one_by_one', 'attend', 'TritonSpectralConfig']
 
 # %% ../nbs/05_kernels.ipynb #34cc93aa
 import copy
@@ -720,7 +720,10 @@ def marked_pages(
     if held is None or held[0] is not slots: held = layer._marked = slots, int(slots.max()) // PAGE + 1 if slots.numel() else 0
     return held[1]
 
-# %% ../nbs/05_kernels.ipynb #c940e55a
+# %% ../nbs/05_kernels.ipynb #4c8122ba
+QUERIES, MANY = 16, "more queries than the kernels take" # At once
+
+# %% ../nbs/05_kernels.ipynb #2f187a30
 def unsupported(
     layer:SpectralLayer,
     query_states:Tensor, # `[B, heads, q_len, D]`
@@ -729,7 +732,7 @@ def unsupported(
     "Why the kernels cannot attend to this layer."
     if triton is None: return "Triton is not installed"
     if not (query_states.is_cuda or interpreted()): return "states are not on a GPU"
-    if query_states.shape[2] != 1: return "more than one query"
+    if query_states.shape[2] > QUERIES: return MANY
     if layer.config.coding != "spectral": return f"coding {layer.config.coding!r}"
     if layer.importance is not None: return "attention received is asked for"
     D, H = query_states.shape[3], value_states.shape[1]
@@ -988,20 +991,19 @@ def stored(
     hot.n += 1
     return True
 
-# %% ../nbs/05_kernels.ipynb #eb4037de
-_masks = {} # The last one of each device: the mask that was given, tokens, rows, bytes, layers that have seen it
+# %% ../nbs/05_kernels.ipynb #b5c6a471
+_masks = {} # The last one of each device: the mask that was given, tokens, rows, queries, bytes, layers that have seen it
 
-def _mask_bytes(layer:SpectralLayer, attention_mask:Tensor, B:int): # uint8 `[B, past + 1]`
+def _mask_bytes(layer:SpectralLayer, attention_mask:Tensor, B:int, n:int=1): # uint8 `[n, B, past + n]`, None: there is a query that sees later tokens
     past, held = layer.get_seq_length(), _masks.get(attention_mask.device)
-    if held is not None and held[0]() is attention_mask and held[1:3] == (past, B) and id(layer) not in held[4]: # a layer that comes again begins another step
-        held[4].add(id(layer))
-        return held[3]
-    if attention_mask.shape[-1] < past + 1: raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} keys, the cache and the new token are {past + 1}")
-    mask = attention_mask[:, 0, -1, :past + 1]
-    mask = seen_in(mask)
-    out = torch.zeros(B, (past // 256 + 1) * 256, dtype=torch.uint8, device=mask.device)[:, :past + 1]
-    out.copy_(mask)
-    _masks[attention_mask.device] = weakref.ref(attention_mask), past, B, out, {id(layer)}
+    if held is not None and held[0]() is attention_mask and held[1:4] == (past, B, n) and id(layer) not in held[5]: # a layer that comes again begins another step
+        held[5].add(id(layer))
+        return held[4]
+    if attention_mask.shape[-1] < past + n: raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} keys, the cache and the new tokens are {past + n}")
+    seen = seen_in(attention_mask[:, 0, -n:, :past + n])
+    if seen.shape[1] < n or n > 1 and seen[..., past:].triu(1).any(): out = None
+    else: out = torch.zeros(n, B, ((past + n - 1) // 256 + 1) * 256, dtype=torch.uint8, device=seen.device)[..., :past + n].copy_(seen.transpose(0, 1))
+    _masks[attention_mask.device] = weakref.ref(attention_mask), past, B, n, out, {id(layer)}
     return out
 
 # %% ../nbs/05_kernels.ipynb #fa72c060
@@ -1036,7 +1038,33 @@ def _check(layer, got, query_states, key_states, value_states, attention_mask, s
             if x.isfinite().all() and not ((held * scale - x[0, 0, 0].float()).abs() <= scale).all(): raise RuntimeError(f"a token stored in the hot tier is wrong on {dev}")
     _agreed.add(kind)
 
-# %% ../nbs/05_kernels.ipynb #6dfcbbbd
+# %% ../nbs/05_kernels.ipynb #e7784d63
+def one_by_one(
+    layer:SpectralLayer, # Past tokens
+    query_states:Tensor, # **post-RoPE** `[B, heads, n, D]`
+    key_states:Tensor, # **post-RoPE** `[B, kv_heads, n, D]`
+    value_states:Tensor, # `[B, kv_heads, n, D]`
+    attention_mask:Tensor|None, # `[B, 1, n, past + n]`
+    seen:Tensor|None, # The same, uint8 `[n, B, past + n]`
+    scaling:float|None=None, # Factor on scores, default `D ** -0.5`
+    softcap:float|None=None,
+) -> Tensor: # `[B, n, heads, D]`
+    "Attention of several queries, each to the tokens before it."
+    hot, n, past, outs = layer.hot, query_states.shape[2], layer.get_seq_length(), []
+    at = hot.n
+    if at + n > hot.keys.shape[2]: hot.reserve(at + max(n, 32))
+    try:
+        for i in range(n):
+            new = [t[:, :, i:i + 1] for t in (query_states, key_states, value_states)]
+            outs.append(decode_attention(layer, *new, None if seen is None else seen[i, :, :past + i + 1], scaling, softcap, None, True))
+            _check(layer, outs[-1], *new, None if attention_mask is None else attention_mask[:, :, i:i + 1, :past + i + 1], scaling, softcap)
+            hot.n += 1
+    finally:
+        hot.n = at # `append` takes them in
+        _written.pop(hot, None)
+    return torch.cat(outs, 1)
+
+# %% ../nbs/05_kernels.ipynb #6f803307
 def attend(
     layer:SpectralLayer, # Past tokens
     query_states:Tensor, # **post-RoPE** `[B, heads, q_len, D]`
@@ -1047,12 +1075,14 @@ def attend(
     softcap:float|None=None,
 ) -> tuple[Tensor, Tensor|None]: # Output `[B, q_len, heads, Dv]`; attention received by hot and new tokens, only where the layer asks for it
     "Attention of new queries, by the kernels where they can and by PyTorch where they cannot."
-    why = unsupported(layer, query_states, value_states) or ("a kernel failed before" if query_states.device in _broken else None)
+    why, n, seen = unsupported(layer, query_states, value_states) or ("a kernel failed before" if query_states.device in _broken else None), query_states.shape[2], None
+    if why is None and attention_mask is not None and layer.hot not in counters:
+        seen = _mask_bytes(layer, attention_mask, len(query_states), n)
+        if seen is None: why = MANY
     if why is None:
-        mask = None
-        if attention_mask is not None and layer.hot not in counters: mask = _mask_bytes(layer, attention_mask, len(query_states))
         try:
-            out = decode_attention(layer, query_states, key_states, value_states, mask, scaling, softcap, None, True)
+            if n > 1: return one_by_one(layer, query_states, key_states, value_states, attention_mask, seen, scaling, softcap), None
+            out = decode_attention(layer, query_states, key_states, value_states, None if seen is None else seen[0], scaling, softcap, None, True)
             _check(layer, out, query_states, key_states, value_states, attention_mask, scaling, softcap)
             return out, None
         except (RuntimeError, triton.errors.TritonError) as e:
@@ -1060,7 +1090,7 @@ def attend(
             _broken.add(query_states.device)
             _written.pop(layer.hot, None)
             warnings.warn(f"a Triton kernel failed on {query_states.device} ({type(e).__name__}: {str(e)[:200]}); attention falls back to PyTorch, with the same results, slower")
-    elif why not in _told and why != "more than one query":
+    elif why not in _told and why != MANY:
         _told.add(why)
         (log.warning if layer.config.kernel == "triton" else log.info)("decode attention by PyTorch, not Triton: %s", why)
     return attention.attend(layer, query_states, key_states, value_states, attention_mask, scaling, softcap)

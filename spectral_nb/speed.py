@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MISTRAL_7B', 'TINY', 'GPU_JOBS', 'BENCHES', 'graph_us', 'copy_bandwidth', 'coded_layer', 'dense_us',
-           'bench_attention', 'clocks', 'random_model', 'filled_cache', 'decode_ms', 'decode_row', 'bench_decode',
-           'page_ms', 'bench_encode']
+           'bench_attention', 'clocks', 'bench_queries', 'random_model', 'filled_cache', 'decode_ms', 'decode_row',
+           'bench_decode', 'page_ms', 'bench_encode']
 
 # %% ../nbs/14b_speed.ipynb #bc3d6b83
 import copy
@@ -105,7 +105,13 @@ def dense_us(
         except RuntimeError as e: out[name] = str(e).split("\n")[0][:80]
     return out
 
-# %% ../nbs/14b_speed.ipynb #55cb705c
+# %% ../nbs/14b_speed.ipynb #bf6c0416
+def _settings(shape):
+    "Device, whether it is a GPU, and what `coded_layer` is to make there."
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gpu = device.type == "cuda"
+    return device, gpu, {**(dict(dtype=torch.float16) if gpu else dict(num_attention_heads=8, num_key_value_heads=2, dtype=torch.float32)), **shape, "device": device}
+
 def bench_attention(
     shapes:tuple|None=None, # Batch and tokens; default: by the device
     ratio:float=8.,
@@ -113,10 +119,8 @@ def bench_attention(
     **shape, # Of `coded_layer`
 ) -> dict: # Rows, times in microseconds
     "One layer's decode attention: the kernels, PyTorch on the same codes, and PyTorch's dense kernels."
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = device.type == "cuda"
+    device, gpu, shape = _settings(shape)
     shapes = shapes or (((1, 8192), (1, 32768), (1, 131072), (8, 8192), (8, 32768)) if gpu else ((1, 1024), (2, 1024)))
-    shape = {**(dict(dtype=torch.float16) if gpu else dict(num_attention_heads=8, num_key_value_heads=2, dtype=torch.float32)), **shape, "device": device}
     bandwidth, rows = copy_bandwidth(device), []
     for batch, tokens in shapes:
         layer, step = coded_layer(batch, tokens, ratio, **shape)
@@ -139,6 +143,29 @@ def clocks() -> str: # As nvidia-smi says it
     "Clocks of the SMs and the memory just now."
     try: return subprocess.run(["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"], capture_output=True, text=True, timeout=20).stdout.strip()
     except OSError: return "no nvidia-smi"
+
+# %% ../nbs/14b_speed.ipynb #dfaff488
+def bench_queries(
+    shapes:tuple|None=None, # Batch and tokens; default: by the device
+    queries:tuple=(2, 4, 8, 16, 64, 256),
+    ratio:float=8.,
+    **shape, # Of `coded_layer`
+) -> dict: # Rows, times in microseconds
+    "Attention of several queries at once: by the kernels, one after the other, and by PyTorch."
+    (device, gpu, shape), rows = _settings(shape), []
+    for batch, tokens in shapes or (((1, 8192), (1, 32768), (8, 8192)) if gpu else ((1, 1024),)):
+        layer, step = coded_layer(batch, tokens, ratio, **shape)
+        for n in queries:
+            new = [t.expand(-1, -1, n, -1).contiguous() for t in step]
+            us = lambda f: round(1e3 * timed_ms(f, 5, device), 1)
+            row = dict(batch=batch, tokens=tokens, queries=n, pytorch_us=us(lambda: attention.attend(layer, *new)))
+            if gpu:
+                by_torch, by_kernels = attention.attend(layer, *(t.float() for t in new))[0], kernels.one_by_one(layer, *new, None, None)
+                row |= dict(kernels_us=us(lambda: kernels.one_by_one(layer, *new, None, None)), error=float(f"{((by_kernels.float() - by_torch).norm() / by_torch.norm()).item():.1e}"))
+            rows.append(row)
+            print(rows[-1], flush=True)
+        del layer
+    return dict(clocks=clocks(), rows=rows)
 
 # %% ../nbs/14b_speed.ipynb #b9e07997
 MISTRAL_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=262144, sliding_window=None, rope_theta=1e6)
@@ -313,5 +340,5 @@ def bench_encode(
         del cache
     return dict(clocks=clocks(), rows=rows)
 
-# %% ../nbs/14b_speed.ipynb #fb81539f
-BENCHES |= dict(attention=bench_attention, decode=bench_decode, encode=bench_encode)
+# %% ../nbs/14b_speed.ipynb #1ec5a453
+BENCHES |= dict(attention=bench_attention, queries=bench_queries, decode=bench_decode, encode=bench_encode)

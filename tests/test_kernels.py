@@ -185,3 +185,20 @@ def test_streams_read_tables_of_their_own(monkeypatch):
         encode_kernels.pseudo_inverses(coded, torch.stack([c.offset for c in coded], 2))
         found += kernels.anchor_table(layer.table, 3, dev) + (kernels._length(layer.hot, 3, dev),)
     for a, b, c in zip(found[:4], found[4:8], found[8:]): assert a is c and a is not b and torch.equal(a, b)
+
+
+@needs_triton
+def test_several_queries_in_the_interpreter():
+    "Those of candidates: steps of the kernels, one after the other; nothing is left behind in the hot tier."
+    assert len(run("kernels_several.py", TRITON_INTERPRET="1").splitlines()) == 6
+
+
+def test_a_crop_of_recent_tokens_keeps_their_place():
+    "Candidates are cropped at every step of assisted generation: launches are kept by the tensors that they read."
+    layer, q, k, v, *_ = case(T=500)
+    keys, held = layer.hot.keys, layer.hot.states()
+    layer.crop(-2)
+    assert layer.hot.keys is keys and layer.get_seq_length() == 501
+    for a, b in zip(layer.hot.states(), held): assert torch.equal(a, b[:, :, :-2])
+    layer.append(k, v)
+    assert layer.hot.keys is keys

@@ -35,7 +35,7 @@ found = [json.loads(p.read_text()) for p in sorted(Path(sys.argv[1]).glob("kerne
 if found: (Path(sys.argv[1]) / "kernels.json").write_text(json.dumps({**found[0], "rows": [r for f in found for r in f["rows"]]}, indent=1) + "\n")
 E2
         rm -f "$out"/kernels_?.json;;
-    speed) bench attention 120;;
+    speed) bench attention 120; bench queries 90;;
     encode) bench encode 60; timeout 150 python3 tools/encode_7b.py "$out/encode_7b.json" 2>&1 | tail -n 30 | cut -c1-300;;
     decode) bench decode 250;;
     tune) timeout 200 python3 tools/tune_kernels.py "$out/tune.json" 150 2>&1 | cut -c1-300;;
