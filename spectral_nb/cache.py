@@ -581,14 +581,14 @@ def batch_repeat_interleave(self:SpectralLayer, repeats:int):
     "Each row `repeats` times."
     self.map_(lambda t: t.repeat_interleave(repeats, 0))
 
-# %% ../nbs/03_cache.ipynb #5aa67190
+# %% ../nbs/03_cache.ipynb #cdb7fe9d
 @patch
 @torch.no_grad()
 def crop(self:SpectralLayer,
     tokens_to_remove:int, # Negative: so many of the last tokens; positive (deprecated): the length to keep
 ):
     "Remove the last tokens."
-    n = self.get_seq_length()
+    n, tokens_to_remove = self.get_seq_length(), int(tokens_to_remove) # assisted generation gives a tensor
     keep = n - abs(tokens_to_remove) if tokens_to_remove <= 0 else min(tokens_to_remove, n)
     if keep < 0: raise ValueError(f"cannot remove {-tokens_to_remove} of {n} tokens")
     if keep == n: return
@@ -602,7 +602,9 @@ def crop(self:SpectralLayer,
         hot.append(keys[:, :, whole:keep], values[:, :, whole:keep])
         self.cold.truncate(whole)
         self.hot = hot
-    elif keep > cold and self.hot.keys_scale is not None: self.hot.n = keep - cold # there is room for what comes instead: candidates are cropped at every step
+    elif keep > cold and self.hot.keys_scale is not None: # the tensors stay, with room for what comes instead: candidates are cropped at every step
+        self.hot = copy.copy(self.hot)
+        self.hot.n = keep - cold
     else: self.hot.drop(0, keep - cold)
     if self.padding is not None: self.begin_at(self.padding_per_row().clamp(max=keep)) # a row of which nothing is left begins with its next token
     if self.importance is not None:

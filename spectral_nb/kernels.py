@@ -991,19 +991,20 @@ def stored(
     hot.n += 1
     return True
 
-# %% ../nbs/05_kernels.ipynb #229061ef
-_masks = {} # The last one of each device: the mask that was given, tokens, rows, queries, bytes, layers that have seen it
+# %% ../nbs/05_kernels.ipynb #ee9f19d6
+_masks = {} # The last one of each device: the mask that was given, what for, bytes, layers that have seen it
 
-def _mask_bytes(layer:SpectralLayer, attention_mask:Tensor, B:int, n:int=1): # Of each query uint8 `[B, past + n]`, None: there is one that sees later tokens
+def _mask_bytes(layer:SpectralLayer, attention_mask:Tensor, B:int, n:int=1): # Of each query uint8 `[B, past + n]`, None: there is one that sees later tokens, or not itself
     past, held = layer.get_seq_length(), _masks.get(attention_mask.device)
-    if held is not None and held[0]() is attention_mask and held[1:4] == (past, B, n) and id(layer) not in held[5]: # a layer that comes again begins another step
-        held[5].add(id(layer))
-        return held[4]
+    key = past, B, n, 0 if attention_mask.is_inference() else attention_mask._version # it may have been written to
+    if held is not None and held[0]() is attention_mask and held[1] == key and id(layer) not in held[3]: # a layer that comes again begins another step
+        held[3].add(id(layer))
+        return held[2]
     if attention_mask.shape[-1] < past + n: raise ValueError(f"attention_mask covers {attention_mask.shape[-1]} keys, the cache and the new tokens are {past + n}")
     seen = seen_in(attention_mask[:, 0, -n:, :past + n])
-    if seen.shape[1] < n or n > 1 and seen[..., past:].triu(1).any(): out = None
+    if attention_mask.shape[1] > 1 or seen.shape[1] < n or n > 1 and (seen[..., past:].triu() != torch.eye(n, dtype=torch.bool, device=seen.device)).any(): out = None
     else: out = torch.zeros(n, B, ((past + n - 1) // 256 + 1) * 256, dtype=torch.uint8, device=seen.device)[..., :past + n].copy_(seen.transpose(0, 1)).unbind()
-    _masks[attention_mask.device] = weakref.ref(attention_mask), past, B, n, out, {id(layer)}
+    _masks[attention_mask.device] = weakref.ref(attention_mask), key, out, {id(layer)}
     return out
 
 # %% ../nbs/05_kernels.ipynb #fa72c060
@@ -1038,7 +1039,7 @@ def _check(layer, got, query_states, key_states, value_states, attention_mask, s
             if x.isfinite().all() and not ((held * scale - x[0, 0, 0].float()).abs() <= scale).all(): raise RuntimeError(f"a token stored in the hot tier is wrong on {dev}")
     _agreed.add(kind)
 
-# %% ../nbs/05_kernels.ipynb #e3a69905
+# %% ../nbs/05_kernels.ipynb #e4f2e465
 def one_by_one(
     layer:SpectralLayer, # Past tokens
     query_states:Tensor, # **post-RoPE** `[B, heads, n, D]`
@@ -1057,7 +1058,7 @@ def one_by_one(
         for i in range(n):
             new = [t[:, :, i:i + 1] for t in (query_states, key_states, value_states)]
             outs.append(decode_attention(layer, *new, None if seen is None else seen[i][:, :past + i + 1], scaling, softcap, None, True))
-            _check(layer, outs[-1], *new, None if attention_mask is None else attention_mask[:, :, i:i + 1, :past + i + 1], scaling, softcap)
+            _check(layer, outs[-1], *new, None if attention_mask is None else attention_mask[:, :, -n:][:, :, i:i + 1, :past + i + 1], scaling, softcap)
             hot.n += 1
     finally:
         hot.n = at # `append` takes them in

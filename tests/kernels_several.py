@@ -3,7 +3,10 @@ import copy
 import warnings
 import torch
 from kernel_cases import CASES, case
+from transformers import AutoModelForCausalLM, LlamaConfig
 from spectral_nb import attention, kernels
+from spectral_nb.cache import SpectralCache
+from spectral_nb.codec import SpectralConfig
 
 warnings.simplefilter("error", UserWarning)
 for name in ("group4", "bfloat16", "padded", "softcap", "segments", "group16_dim64"):
@@ -29,3 +32,20 @@ for n, both in ((3, True), (17, False)): # a query that sees a later token, and 
     q, k, v = (t[:, :, :1].expand(-1, -1, n, -1) for t in (q, k, v))
     mask = torch.ones(1, 1, n, layer.get_seq_length() + n, dtype=torch.bool) if both else None
     assert torch.equal(kernels.attend(layer, q, k, v, mask)[0], attention.attend(layer, q, k, v, mask)[0])
+
+config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, bos_token_id=None, eos_token_id=None, pad_token_id=3)
+torch.manual_seed(0)
+model = AutoModelForCausalLM.from_config(config, attn_implementation="spectral").eval()
+ids = torch.randint(4, 100, (1, 20)).repeat(1, 20)[:, :384]
+tokens, lengths, taken = [], [], []
+attend = attention.BACKENDS["triton"]
+def counted(layer, *states):
+    taken.append(states[0].shape[2])
+    return attend(layer, *states)
+counted.stored, attention.BACKENDS["triton"] = attend.stored, counted
+for kernel in ("triton", "torch"):
+    cache = SpectralCache(config, SpectralConfig(coding="spectral", bits=6., fit_length=256, hot_buffer_size=16, kernel=kernel))
+    tokens.append(model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=16, do_sample=False, prompt_lookup_num_tokens=6))
+    lengths.append((cache.get_seq_length(), len(cache.layers[0].cold)))
+print("prompt lookup", sorted(set(taken)), lengths, flush=True)
+assert torch.equal(*tokens) and lengths[0] == lengths[1] and max(taken) > 1 and not kernels._broken
