@@ -257,7 +257,7 @@ def _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, block, bh, pages, scaling, loss_
         g4 = first + tl.arange(0, 4)
         tl.store(QB + (bh * pages + page)[:, None] * G + g4[None, :], b, mask=(page < pages)[:, None] & (g4 < G)[None, :])
 
-# %% ../nbs/05_kernels.ipynb #77fd7657
+# %% ../nbs/05_kernels.ipynb #764c24ca
 @jit
 def _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, part, E, bh, n_cold, mask_row, hot_row, scaling, cap2,
          H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TE: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr, ASM: tl.constexpr):
@@ -288,7 +288,7 @@ def _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, part, E, bh, n_cold, mask_r
     tl.store(AE + o[:, None] * D + d[None, :], tl.dot(w, v) * top, mask=(g < G)[:, None] & dok[None, :])
 
 @jit
-def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, first, marks, part, E, bh, n_cold, L, mask_row, scaling, cap2,
+def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, LEN, ME, LE, AE, first, marks, part, E, bh, n_cold, L, mask_row, scaling, cap2,
            H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TM: tl.constexpr, MASKED: tl.constexpr, CAP: tl.constexpr):
     b = bh // H
     d = tl.arange(0, DP)
@@ -296,8 +296,11 @@ def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, first, marks, part, E, bh
     dok = d < D
     slot = tl.load(LSLOT + b * L + i, mask=i < L, other=0)
     cold = (i < L) & (slot < n_cold)
-    if MASKED: cold = cold & (tl.load(MASK + b * mask_row + slot, mask=cold, other=0) != 0)
-    ok = cold | (i == L)
+    own = i == L
+    if MASKED:
+        cold = cold & (tl.load(MASK + b * mask_row + slot, mask=cold, other=0) != 0)
+        own = own & (tl.load(MASK + b * mask_row + n_cold + tl.load(LEN)) != 0)
+    ok = cold | own
     inside = (i < L)[:, None] & dok[None, :]
     at = (bh * L + i)[:, None] * D + d[None, :]
     nk = tl.load(NK + bh * D + d, mask=dok, other=0).to(tl.float32)
@@ -314,7 +317,7 @@ def _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, first, marks, part, E, bh
         tl.store(LE + o, tl.sum(p, 0))
         tl.store(AE + o * D + d, tl.sum(p[:, None] * v, 0), mask=dok)
 
-# %% ../nbs/05_kernels.ipynb #6de0d8ac
+# %% ../nbs/05_kernels.ipynb #4017700f
 @jit
 def prepare(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QS, QB, HK, HV, HKS, HVS, LK, LV, LSLOT, NK, NV, MASK, LEN, ME, LE, AE,
             hots:int, marks:int, E:int, pages:int, blocks:int, parts:int, rank:int, n_cold:int, L:int, mask_row:int, hot_row:int, scaling, loss_factor, cap2,
@@ -326,7 +329,7 @@ def prepare(Q, TAB, PAIR, BASIS, SCALE, CI, CF, OFFSET, LOSS, REST, RMAX, QT, QS
     exact = hots + marks
     biases = tl.cdiv(pages, PB)
     if pid < marks:
-        _marks(Q, LK, LV, LSLOT, NK, NV, MASK, ME, LE, AE, pid, marks, hots, E, bh, n_cold, L, mask_row, scaling, cap2, H, G, D, DP, TM, MASKED, CAP)
+        _marks(Q, LK, LV, LSLOT, NK, NV, MASK, LEN, ME, LE, AE, pid, marks, hots, E, bh, n_cold, L, mask_row, scaling, cap2, H, G, D, DP, TM, MASKED, CAP)
     elif pid < exact:
         _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, pid - marks, E, bh, n_cold, mask_row, hot_row, scaling, cap2, H, G, GP, D, DP, TE, MASKED, CAP, ASM)
     elif pid < exact + biases: _bias(Q, TAB, PAIR, OFFSET, LOSS, REST, QB, pid - exact, bh, pages, scaling, loss_factor, G, G2, D, D2, PB, LR, HALVES)
