@@ -221,7 +221,7 @@ def kl_divergence(
 ) -> Tensor: # `[...]` nats
     "Kullback-Leibler divergence of `q` from `p`, from logits, in float32."
     p, q = (torch.log_softmax(o.float(), -1) for o in (logits_p, logits_q))
-    return (p.exp() * (p - q)).sum(-1)
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0.) # rounding
 
 # %% ../nbs/11_evaluate.ipynb #2d202a0b
 def cache_bytes(
