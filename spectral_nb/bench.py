@@ -81,5 +81,5 @@ def show_result(
 ) -> Table:
     "The rows of a stored result, with what they were measured with."
     d = json.loads(Path(path).read_text())
-    rows = [{k: r[k] for k in columns} for r in d["rows"]] if columns else d["rows"]
+    rows = [{k: r[k] for k in columns if k in r} for r in d["rows"]] if columns else d["rows"]
     return Table(rows, f"`{d['command']}` on {d['device']}, torch {d['versions']['torch']}")

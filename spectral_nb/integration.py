@@ -237,7 +237,7 @@ def attend_function(
     if not use_triton_kernel: return attend
     try:
         kernel = getattr(importlib.import_module("spectral_nb.kernels"), "attend", None)
-        importlib.import_module("spectral_nb.encode_kernels") # registers itself
+        for name in ("encode_kernels", "chunk_kernels"): importlib.import_module(f"spectral_nb.{name}") # they register themselves
     except ImportError: kernel = None
     if kernel is None:
         log.warning("use_triton_kernel=True, but this installation has no Triton kernel: attention falls back to PyTorch (same results, slower)")

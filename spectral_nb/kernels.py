@@ -6,7 +6,7 @@
 __all__ = ['scratch', 'T4', 'counters', 'Steps', 'cheapest', 'steps_of', 'thread_order', 'prepare', 'decode', 'decode_gemv',
            'merge', 'LayoutTables', 'layout_tables', 'rotary_pairs', 'anchor_table', 'stream_of', 'Scratch', 'Tuning',
            'interpreted', 'tuning_for', 'marked_pages', 'unsupported', 'places', 'Launch', 'run_launches', 'Kept',
-           'aligned', 'plan_launches', 'decode_attention', 'has_written', 'write_hot', 'stored', 'first_head',
+           'aligned', 'plan_launches', 'decode_attention', 'has_written', 'write_hot', 'stored', 'part_of',
            'one_by_one', 'attend', 'TritonSpectralConfig']
 
 # %% ../nbs/05_kernels.ipynb #34cc93aa
@@ -724,7 +724,8 @@ def marked_pages(
     return held[1]
 
 # %% ../nbs/05_kernels.ipynb #4c8122ba
-QUERIES, MANY = 16, "more queries than the kernels take" # At once
+QUERIES, MANY = 32, "more queries than the kernels take" # One after the other
+attend_chunk = None # Takes more of them, where `spectral_nb.chunk_kernels` is imported
 
 # %% ../nbs/05_kernels.ipynb #2f187a30
 def unsupported(
@@ -735,7 +736,7 @@ def unsupported(
     "Why the kernels cannot attend to this layer."
     if triton is None: return "Triton is not installed"
     if not (query_states.is_cuda or interpreted()): return "states are not on a GPU"
-    if query_states.shape[2] > QUERIES: return MANY
+    if query_states.shape[2] > QUERIES and not (attend_chunk and attend_chunk.fits(query_states)): return MANY
     if layer.config.coding != "spectral": return f"coding {layer.config.coding!r}"
     if layer.importance is not None: return "attention received is asked for"
     D, H = query_states.shape[3], value_states.shape[1]
@@ -1011,17 +1012,19 @@ def _mask_bytes(layer:SpectralLayer, attention_mask:Tensor, B:int, n:int=1): # O
     return out
 
 # %% ../nbs/05_kernels.ipynb #fa72c060
-def first_head(
+def part_of(
     layer:SpectralLayer,
+    rows:slice, # Sequences
+    heads:slice, # KV heads
 ) -> SpectralLayer: # Shares its memory
-    "A layer that is the first KV head of the first sequence."
-    out, cut = copy.copy(layer), lambda t: t[:1, :1]
+    "A layer of some of the sequences and heads."
+    out, cut = copy.copy(layer), lambda t: t[rows, heads]
     out.hot, out.cold = copy.copy(layer.hot), copy.copy(layer.cold)
     out.hot.map_(cut)
     out.cold.segments = [replace(s, keys=copy.copy(s.keys), values=copy.copy(s.values), loss=copy.copy(s.loss)) for s in layer.cold.segments]
     out.cold.map_(cut)
-    out.landmark_keys, out.landmark_values, out.landmark_slots = cut(layer.landmark_keys), cut(layer.landmark_values), layer.landmark_slots[:1]
-    if layer.padding is not None: out.padding = layer.padding[:1]
+    out.landmark_keys, out.landmark_values, out.landmark_slots = cut(layer.landmark_keys), cut(layer.landmark_values), layer.landmark_slots[rows]
+    if layer.padding is not None: out.padding = layer.padding[rows]
     return out
 
 # %% ../nbs/05_kernels.ipynb #c92b4ccb
@@ -1030,11 +1033,14 @@ _agreed = set() # Kinds of steps in which kernels and PyTorch agreed
 def _check(layer, got, query_states, key_states, value_states, attention_mask, scaling, softcap):
     "Raise if the kernels' output of a kind of step that is new on this device is not what PyTorch gives."
     dev, group = query_states.device, query_states.shape[1] // key_states.shape[1]
-    kind = dev, query_states.dtype, query_states.shape[3], group, attention_mask is None, softcap is None, len(layer.cold.segments) > 1
+    kind = dev, query_states.dtype, query_states.shape[3:], query_states.shape[2] > 1, group, attention_mask is None, softcap is None, len(layer.cold.segments) > 1
     if kind in _agreed or layer.hot in counters: return
-    mask = None if attention_mask is None else attention_mask[:1]
-    want = attention.attend(first_head(layer), query_states[:1, :group], key_states[:1, :1], value_states[:1, :1], mask, scaling, softcap)[0].float()
-    error = (got[:1, :, :group].float() - want).norm() / want.norm()
+    mask, part = None if attention_mask is None else attention_mask[:1], part_of(layer, slice(1), slice(1))
+    want, got = attention.attend(part, query_states[:1, :group], key_states[:1, :1], value_states[:1, :1], mask, scaling, softcap)[0].float(), got[:1, :, :group].float()
+    if mask is not None and query_states.shape[2] > 1: # what queries of padding get, which see nothing, is nobody's
+        looks = attention.seen_slots(part, mask, query_states.shape[2])[:, 0].any(-1)
+        want, got = want[looks], got[looks]
+    error = (got - want).norm() / want.norm().clamp_min(1e-20)
     if want.isfinite().all() and not error < .03: raise RuntimeError(f"its output is {error:.1%} off on {dev}")
     if has_written(layer.hot, key_states, layer.hot.n):
         for name, x in (("keys", key_states), ("values", value_states)):
@@ -1080,11 +1086,17 @@ def attend(
 ) -> tuple[Tensor, Tensor|None]: # Output `[B, q_len, heads, Dv]`; attention received by hot and new tokens, only where the layer asks for it
     "Attention of new queries, by the kernels where they can and by PyTorch where they cannot."
     why, n, seen = unsupported(layer, query_states, value_states) or ("a kernel failed before" if query_states.device in _broken else None), query_states.shape[2], None
-    if why is None and attention_mask is not None and layer.hot not in counters:
+    several = n > QUERIES
+    if why is None and not several and attention_mask is not None and layer.hot not in counters:
         seen = _mask_bytes(layer, attention_mask, len(query_states), n)
-        if seen is None: why = MANY
+        several = seen is None
+        if several and not (attend_chunk and attend_chunk.fits(query_states)): why = MANY
     if why is None:
         try:
+            if several:
+                out = attend_chunk(layer, query_states, key_states, value_states, attention_mask, scaling, softcap)
+                _check(layer, out, query_states, key_states, value_states, attention_mask, scaling, softcap)
+                return out, None
             if n > 1: return one_by_one(layer, query_states, key_states, value_states, attention_mask, seen, scaling, softcap), None
             out = decode_attention(layer, query_states, key_states, value_states, None if seen is None else seen[0], scaling, softcap, None, True)
             _check(layer, out, query_states, key_states, value_states, attention_mask, scaling, softcap)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig, Stat
 from . import attention, encode_kernels, kernels
 from .bench import BENCHES, timed_ms
 from .cache import SpectralCache, SpectralLayer, fit_layers, freeze_page
+from .chunk_kernels import attend_chunk
 from .codec import SpectralConfig
 from .evaluate import cache_bytes
 from .graph import DecodeGraph
@@ -147,25 +148,31 @@ def clocks() -> str: # As nvidia-smi says it
 # %% ../nbs/14b_speed.ipynb #dfaff488
 def bench_queries(
     shapes:tuple|None=None, # Batch and tokens; default: by the device
-    queries:tuple=(2, 4, 8, 16, 64, 256),
+    queries:tuple=(2, 8, 16, 32, 64, 256, 2048),
     ratio:float=8.,
     **shape, # Of `coded_layer`
 ) -> dict: # Rows, times in microseconds
-    "Attention of several queries at once: by the kernels, one after the other, and by PyTorch."
-    (device, gpu, shape), rows = _settings(shape), []
-    for batch, tokens in shapes or (((1, 8192), (1, 32768), (8, 8192)) if gpu else ((1, 1024),)):
+    "Attention of several queries at once: by the decode kernels, one after the other, by the chunk kernel, and by PyTorch."
+    (device, gpu, shape), rows, tf32 = _settings(shape), [], torch.backends.cuda.matmul.allow_tf32
+    for batch, tokens in shapes or (((1, 8192), (1, 32768), (8, 8192), (1, 131072)) if gpu else ((1, 1024),)):
         layer, step = coded_layer(batch, tokens, ratio, **shape)
         for n in queries:
             new = [t.expand(-1, -1, n, -1).contiguous() for t in step]
-            us = lambda f: round(1e3 * timed_ms(f, 5, device), 1)
+            us = lambda f: round(1e3 * timed_ms(f, 5 if n <= 256 else 2, device), 1)
             row = dict(batch=batch, tokens=tokens, queries=n, pytorch_us=us(lambda: attention.attend(layer, *new)))
             if gpu:
-                by_torch, by_kernels = attention.attend(layer, *(t.float() for t in new))[0], kernels.one_by_one(layer, *new, None, None)
-                row |= dict(kernels_us=us(lambda: kernels.one_by_one(layer, *new, None, None)), error=float(f"{((by_kernels.float() - by_torch).norm() / by_torch.norm()).item():.1e}"))
+                if n <= 64: row["steps_us"] = us(lambda: kernels.one_by_one(layer, *new, None, None))
+                row["chunk_us"] = us(lambda: attend_chunk(layer, *new))
+                torch.cuda.reset_peak_memory_stats()
+                before, got = torch.cuda.memory_allocated(), attend_chunk(layer, *new)
+                row["mib"] = (torch.cuda.max_memory_allocated() - before) >> 20
+                torch.backends.cuda.matmul.allow_tf32 = False # as the reference has it
+                want, torch.backends.cuda.matmul.allow_tf32 = attention.attend(layer, *(t.float() for t in new))[0], tf32
+                row["error"] = float(f"{((got.float() - want).norm() / want.norm()).item():.1e}")
             rows.append(row)
             print(rows[-1], flush=True)
         del layer
-    return dict(clocks=clocks(), rows=rows)
+    return dict(clocks=clocks(), tf32=tf32, rows=rows)
 
 # %% ../nbs/14b_speed.ipynb #b9e07997
 MISTRAL_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=262144, sliding_window=None, rope_theta=1e6)

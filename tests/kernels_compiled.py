@@ -8,11 +8,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernel_cases import CASES, case
-from spectral_nb import encode_kernels, kernels
+from spectral_nb import chunk_kernels, encode_kernels, kernels
 from spectral_nb.spectral import anchor_angles
 
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+CHUNKS = "group4", "group1", "dim64", "dim96", "dim256", "bfloat16", "softcap" # the rest differ in what is rebuilt only
 
 
 class Compiled:
@@ -42,6 +45,7 @@ class Compiled:
 
 for name in ("prepare", "decode", "decode_gemv", "merge"): setattr(kernels, name, Compiled(getattr(kernels, name)))
 for name in ("encode", "query_attends", "query_shares", "query_feels", "state_moments", "query_moments", "try_steps", "copy_rows", "invert_factor", "invert_bases"): setattr(encode_kernels, name, Compiled(getattr(encode_kernels, name)))
+chunk_kernels.chunk = Compiled(chunk_kernels.chunk)
 encoder = encode_kernels.Encoder()
 encoder.here, encoder.measures, encoder.run = lambda x: True, lambda x: x.shape[-1] <= 128 and Compiled.arch > 75, lambda x, kind, by_kernel, *_: by_kernel()
 for name in sys.argv[2:] or CASES:
@@ -60,6 +64,10 @@ for name in sys.argv[2:] or CASES:
         if encoder.measures(v) and v.dtype != torch.float32: seen = encoder.Seen(v, [v], torch.ones(2, 64, dtype=torch.long), 0, softcap); encoder.feelings(seen, encoder.outputs(seen, [v], None)[1], v, G, o, own, w[:, :1], 1, None); encoder.states([v], w[:, :1], 2, 2, (*anchor_angles(0, 256, store.table, q.device), store.table.interleaved), None)
         encoder.steps(*(torch.ones(2, 2, n, d) for n, d in ((512, q.shape[-1]), (512, 1), (1, q.shape[-1]), (1, q.shape[-1]))), torch.ones(8), None)
         kernels.decode_attention(layer, q, k, v, None if mask is None else mask[:, 0, 0].view(torch.uint8), None, softcap, tuning)
+        if arch == 75 or name not in CHUNKS: continue # none there
+        chunk_kernels.large, at = lambda device: arch == 90, len(Compiled.rows)
+        for n, cap in ((8, softcap), (40, softcap), (40, 5.)): chunk_kernels.attend_chunk(layer, *(t.expand(-1, -1, n, -1).to(t.dtype if name in ("group4", "bfloat16") else torch.float16) for t in (q, k, k)), None, None, cap)
+        for r in Compiled.rows[at:]: assert r["shared"] <= (101376 if arch == 80 else 232448), r # a consumer card's, an H100's
 for r in Compiled.rows:
     if r["arch"] == 75 or r["kernel"] in ("encode", "try_steps"): assert r["shared"] <= 48 * 1024, r
     assert r["stack"] <= (768 if r["arch"] == 75 else 512 if r["case"] == "interleaved" else 256), r # spilled bytes a thread

@@ -35,7 +35,7 @@ for name in ("padded", "group2_batch", "group16_dim64"): # a mask may hide from 
     assert ((got - want).flatten(1).norm(dim=1) < 2e-3 * want.flatten(1).norm(dim=1)).all(), name
 
 layer, q, k, v, *_ = case()
-for n, both in ((3, True), (17, False)): # a query that sees a later token, and more queries than the kernels take
+for n, both in ((3, True), (kernels.QUERIES + 1, False)): # a query that sees a later token, and more queries than the decode kernels take: PyTorch without `chunk_kernels`
     q, k, v = (t[:, :, :1].expand(-1, -1, n, -1) for t in (q, k, v))
     mask = torch.ones(1, 1, n, layer.get_seq_length() + n, dtype=torch.bool) if both else None
     assert torch.equal(kernels.attend(layer, q, k, v, mask)[0], attention.attend(layer, q, k, v, mask)[0])

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from spectral_nb import encode_kernels, kernels
+from spectral_nb import chunk_kernels, encode_kernels, kernels # noqa: F401 (registers itself)
 from spectral_nb.cache import SpectralCache, SpectralLayer
 from spectral_nb.codec import SpectralConfig
 from spectral_nb.graph import DecodeGraph
@@ -135,5 +135,5 @@ if __name__ == "__main__":
         kernels._broken.clear(); encode_kernels.encoder.failed.clear()
         if rows[-1]["failed"] or rows[-1]["worst"] > .02: print(rows[-1], flush=True)
         seed += 1
-    out.write_text(json.dumps(dict(**stamp("python tests/random_models.py"), rows=rows), indent=1) + "\n")
+        out.write_text(json.dumps(dict(**stamp("python tests/random_models.py"), rows=rows), indent=1) + "\n")
     print(len(rows), "cases, worst", max(o["worst"] for o in rows))

@@ -193,6 +193,65 @@ def test_several_queries_in_the_interpreter():
     assert len(run("kernels_several.py", TRITON_INTERPRET="1").splitlines()) == 7
 
 
+@needs_triton
+@pytest.mark.parametrize("part", range(2))
+def test_chunks_in_the_interpreter(part):
+    "Many queries at once, in parts of heads and rows and in splits of the keys: within 2e-3 in float16, 8e-3 in bfloat16, 1e-4 in float32 of the PyTorch path in float32."
+    assert len(run("chunks.py", "-", *NAMES[part::2], TRITON_INTERPRET="1").splitlines()) == len(NAMES[part::2])
+
+
+@pytest.mark.gpu
+def test_chunks_on_a_gpu(tmp_path):
+    if not torch.cuda.is_available(): pytest.skip("needs a CUDA device; last result: nbs/results/chunks.json")
+    run("chunks.py", tmp_path / "chunks.json")
+
+
+def test_last_chunks_on_a_gpu():
+    rows = json.loads((HERE.parent / "nbs/results/chunks.json").read_text())["rows"]
+    assert {r["case"] for r in rows} == set(NAMES) and all(r["error"] < dict(float16=2e-3, bfloat16=8e-3, float32=1e-4)[r["dtype"]] for r in rows)
+
+
+@needs_triton
+def test_the_first_chunk_of_a_kind_is_compared_with_pytorch(monkeypatch):
+    "Wrong numbers: one warning, PyTorch's instead, and none of the kernels from then on. What padding gets, which sees nothing, says nothing of a kernel."
+    layer, q, k, v, *_ = case(T=500)
+    q, k, v = (torch.randn(*t.shape[:2], 40, t.shape[3]) for t in (q, k, v))
+    seen = attention.seen_slots(layer, None, 40).clone()
+    seen[:, :, 3] = False
+    want, *_ = attention.attend(layer, q, k, v, seen)
+    right = lambda *args: torch.where(seen.any(-1)[0, 0][None, :, None, None], want, 0.)
+    def wrong(*args): return 2 * want
+    for f in (right, wrong): f.fits = lambda q: True
+    for name, value in dict(_agreed=set(), _broken=set(), interpreted=lambda: True, attend_chunk=right).items(): monkeypatch.setattr(kernels, name, value)
+    assert torch.equal(kernels.attend(layer, q, k, v, seen)[0], right())
+    kernels._agreed.clear()
+    monkeypatch.setattr(kernels, "attend_chunk", wrong)
+    with pytest.warns(UserWarning, match="off on cpu.*falls back to PyTorch"): assert torch.equal(kernels.attend(layer, q, k, v, seen)[0], want)
+    assert kernels._broken
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 40, 543), (2, 1, 40, 543), (1, 1, 20, 543), (40, 543)])
+def test_a_mask_of_another_shape_is_refused(shape):
+    layer, q, k, v, *_ = case(T=500)
+    q, k, v = (t.expand(-1, -1, 40, -1) for t in (q, k, v))
+    assert layer.get_seq_length() == 503
+    for f in (attention.attend, kernels.attend):
+        with pytest.raises(ValueError, match="attention_mask has shape"): f(layer, q, k, v, torch.ones(shape, dtype=torch.bool))
+
+
+def test_pytorchs_path_against_float64(monkeypatch):
+    "Values are added up in parts: one float32 sum over 131072 tokens was 4e-3 off."
+    sys.path.insert(0, str(HERE.parent / "tools"))
+    import precision
+    from spectral_nb import spectral
+    shape = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=64, dtype=torch.float32)
+    whole = precision.compare(1500, 5, **shape)["pytorch"]
+    monkeypatch.setattr(spectral, "SUMMED", 384)
+    assert whole < 1e-4 and precision.compare(1500, 5, **shape)["pytorch"] < 1e-4
+    rows = json.loads((HERE.parent / "nbs/results/precision.json").read_text())["rows"]
+    assert all(r["steps"] < 1e-3 and r["chunk"] < 1e-3 for r in rows)
+
+
 def test_a_crop_of_recent_tokens_keeps_their_place():
     "Candidates are cropped at every step of assisted generation: launches are kept by the tensors that they read."
     layer, q, k, v, *_ = case(T=500)

@@ -8,7 +8,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ("rsvd rope codec spectral peers cache attention calibrate kernels encode_kernels graph integration info needle pocket evaluate faults diagnostics tracing quality widgets training bench speed demo report cli").split()
+LAYERS = ("rsvd rope codec spectral peers cache attention calibrate kernels encode_kernels chunk_kernels graph integration info needle pocket evaluate faults diagnostics tracing quality widgets training bench speed demo report cli").split()
 
 
 def imports(path):
