@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
-from spectral_nb import encode_kernels, kernels  # noqa: F401  (both are made before kernels are replaced)
+from spectral_nb import chunk_kernels, encode_kernels, kernels  # noqa: F401  (all are made before kernels are replaced)
 from spectral_nb.cache import HotTier
 
 SHAPE = dict(vocab_size=512, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=4096,

@@ -731,7 +731,7 @@ def test_triton_kernel_is_taken_and_says_so(llama, monkeypatch, capsys):
     def kernel(layer, q, k, v, mask=None, scaling=None, softcap=None):
         calls.append((q.shape, k.shape, mask, scaling, softcap))
         return attend(layer, q, k, v, mask, scaling, softcap)
-    monkeypatch.setitem(sys.modules, "spectral_nb.kernels", types.SimpleNamespace(attend=kernel))
+    for name in ("kernels", "encode_kernels", "chunk_kernels"): monkeypatch.setitem(sys.modules, f"spectral_nb.{name}", types.SimpleNamespace(attend=kernel))
     want = generate(reference("llama"), prompt(1))
     with spectral(llama, spectral_config=lossless(llama), use_triton_kernel=True, verbose=True) as patched: got = generate(llama, prompt(1))
     assert patched.attend is kernel and "Triton kernel" in capsys.readouterr().out
