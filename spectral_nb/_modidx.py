@@ -678,6 +678,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spectral_nb.kernels._capped': ('kernels.html#_capped', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._ceil': ('kernels.html#_ceil', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._check': ('kernels.html#_check', 'spectral_nb/kernels.py'),
+                                     'spectral_nb.kernels._check_shapes': ('kernels.html#_check_shapes', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._dp4a': ('kernels.html#_dp4a', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._half': ('kernels.html#_half', 'spectral_nb/kernels.py'),
                                      'spectral_nb.kernels._halves': ('kernels.html#_halves', 'spectral_nb/kernels.py'),

@@ -63,7 +63,7 @@ def exact_parts(
     value_states:Tensor, # New values `[B, kv_heads, q_len, Dv]`
 ): # Yields keys, then values `[B, kv_heads, landmarks + hot + q_len, D]` float32
     "What attention reads as it is: landmarks, hot tokens and new ones."
-    for parts in zip((layer.landmark_keys, layer.landmark_values), layer.hot.states(), (key_states, value_states)):
+    for parts in zip((layer.landmark_keys, layer.landmark_values), layer.hot.states(dtype=torch.float32), (key_states, value_states)):
         yield torch.cat([t.float() for t in parts], 2)
 
 def seen_slots(
@@ -75,6 +75,7 @@ def seen_slots(
     B, T = len(layer.landmark_slots), layer.get_seq_length() + q_len
     if attention_mask is None: attention_mask = causal_mask(q_len, T, layer.device)
     shape = attention_mask.shape
+    if attention_mask.device != layer.device: raise ValueError(f"attention_mask is on {attention_mask.device}, the cache on {layer.device}")
     if shape[-1] < T: raise ValueError(f"attention_mask covers {shape[-1]} keys, the cache and the new tokens are {T}")
     if len(shape) != 4 or shape[0] not in (1, B) or shape[1] != 1 or 1 < shape[2] < q_len: raise ValueError(f"attention_mask has shape {tuple(shape)}; it must be one for all heads, [{B} or 1, 1, {q_len}, {T}]")
     return seen_in(attention_mask)[:, :, -q_len:, :T].expand(B, 1, q_len, T)

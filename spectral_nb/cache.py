@@ -89,10 +89,12 @@ class HotTier:
     def states(self,
         start:int=0,
         stop:int|None=None,
+        dtype:torch.dtype|None=None, # Default: that of the scales, or as they are
     ) -> tuple[Tensor, Tensor]: # Keys **post-RoPE** and values
         "Tokens `start` to `stop`."
         at = slice(start, self.n if stop is None else min(stop, self.n))
         k, v = self.keys[:, :, at], self.values[:, :, at]
+        if dtype is not None: k, v = k.to(dtype), v.to(dtype)
         if self.keys_scale is None: return k, v
         return k * self.keys_scale[:, :, at], v * self.values_scale[:, :, at]
 

@@ -6,6 +6,7 @@
 __all__ = ['chunk', 'lost_scores', 'large', 'tiles_of', 'attend_tiles', 'attend_chunk']
 
 # %% ../nbs/05d_chunk_kernels.ipynb #9ea6fed0
+from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -86,6 +87,7 @@ def tiles_of(
     "Tiles for a device, a dtype and a head_dim."
     D, device = query_states.shape[3], query_states.device
     if device.type == "cuda" and tuning_for(device).gemv: return None
+    if query_states.element_size() > 4: return None
     if query_states.element_size() > 2: return (32, 32, 8, 2) if D <= 128 else (32, 16, 4, 2)
     if D <= 64: return 128, 64, 8, 2
     if D > 128: return 64, 32, 8, 2
@@ -110,8 +112,9 @@ def attend_tiles(
     programs = triton.cdiv(G * Q, tq), B * H
     S = splits or max(1, min(triton.cdiv(n, 4 * tk), 2 * tuning_for(dev).multiprocessors // (programs[0] * programs[1])))
     out, lse = torch.empty(S, B * H, G * Q, D, dtype=keys.dtype if S == 1 else torch.float32, device=dev), torch.empty(S, B * H, G * Q, device=dev)
-    chunk[(*programs, S)](query_states, keys, values, seen.view(torch.uint8), lse if lost is None else lost, out, lse, n, Q, coded, *query_states.stride()[:3], *seen.stride()[:2], float(scaling * LOG2E), float((softcap or 1.) * LOG2E),
-        H=H, G=G, D=D, DP=_power(D), TQ=tq, TK=tk, BIASED=lost is not None, CAP=softcap is not None, EXACT=keys.dtype == torch.float32 or interpreted(), num_warps=warps, num_stages=stages)
+    with torch.cuda.device(dev) if dev.type == "cuda" else nullcontext(): # launches go to the device that is current
+        chunk[(*programs, S)](query_states, keys, values, seen.view(torch.uint8), lse if lost is None else lost, out, lse, n, Q, coded, *query_states.stride()[:3], *seen.stride()[:2], float(scaling * LOG2E), float((softcap or 1.) * LOG2E),
+            H=H, G=G, D=D, DP=_power(D), TQ=tq, TK=tk, BIASED=lost is not None, CAP=softcap is not None, EXACT=keys.dtype == torch.float32 or interpreted(), num_warps=warps, num_stages=stages)
     out = out[0] if S == 1 else (lse.softmax(0).nan_to_num_()[..., None] * out).sum(0)
     return out.view(B, heads, Q, D)
 
@@ -126,6 +129,7 @@ def attend_chunk(
     scaling:float|None=None, # Factor on scores, default `D ** -0.5`
     softcap:float|None=None,
     numbers:int=2 ** 25, # Of the keys that are rebuilt at once, about
+    most:int=2 ** 28, # Bytes of what says which keys a query sees, and of what is added to scores, at once
     splits:int|None=None,
 ) -> Tensor: # `[B, q_len, heads, D]`, dtype of the queries
     "Attention of many queries to a layer."
@@ -137,16 +141,19 @@ def attend_chunk(
     with torch.autocast(query_states.device.type, enabled=False):
         for rows, kv in parts:
             part, own = part_of(layer, rows, kv), slice(kv.start * G, kv.stop * G)
-            cold, exact = (part.cold.key_states(), part.cold.value_states()), attention.exact_parts(part, key_states[rows, kv], value_states[rows, kv])
+            cold, exact = (part.cold.key_states(), part.cold.value_states()), [*attention.exact_parts(part, key_states[rows, kv], value_states[rows, kv])]
+            if softcap is None: # what all scores of a query have in common is nothing to the softmax, and much to 16 bits where keys have a large bias
+                middle = cold[0].mean(2, keepdim=True)
+                for k in (cold[0], exact[0]): k -= middle
             keys, values = (torch.cat([c.to(dtype), e.to(dtype)], 2) for c, e in zip(cold, exact))
             del cold
-            step = min(2 ** 28 // (len(keys) * keys.shape[2]), 2 ** 26 // (len(keys) * keys.shape[1] * G * (n // PAGE)))
-            for at in range(0, Q, max(128, step)):
-                q, m = (t[:, :, at:at + max(128, step)] for t in (query_states[rows, own], mask[rows]))
+            step = max(32, most // (len(keys) * max(keys.shape[2], 4 * keys.shape[1] * G * (n // PAGE))))
+            for at in range(0, Q, step):
+                q, m = (t[:, :, at:at + step] for t in (query_states[rows, own], mask[rows]))
                 got = attend_tiles(q, keys, values, attention.seen_keys(part, m)[:, 0], lost_scores(part, q, scaling), n, scaling, softcap, splits)
                 out[rows, at:at + q.shape[2], own] = got.transpose(1, 2)
     return out
 
 # %% ../nbs/05d_chunk_kernels.ipynb #aebaa183
-attend_chunk.fits = lambda query_states: tiles_of(query_states) is not None
+attend_chunk.fits = tiles_of
 kernels.attend_chunk = attend_chunk

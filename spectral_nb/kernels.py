@@ -273,8 +273,10 @@ def _hot(Q, HK, HV, HKS, HVS, MASK, LEN, ME, LE, AE, part, E, bh, n_cold, mask_r
     ks = tl.load(HKS + bh * hot_row + i, mask=i < hot, other=0).to(tl.float32)
     vs = tl.load(HVS + bh * hot_row + i, mask=i < hot, other=0).to(tl.float32)
     norm = tl.sqrt(tl.sum(q * q, 1))
-    q = (q * (1. / tl.maximum(norm, 1e-20))[:, None]).to(tl.float16)
-    s = tl.dot(q, tl.trans(k)) * (norm * (scaling * 1.4426950408889634))[:, None] * ks[None, :]
+    q = q * (1. / tl.maximum(norm, 1e-20))[:, None]
+    high = q.to(tl.float16)
+    s = tl.dot(high, tl.trans(k)) # and what rounding leaves: where keys have a large bias in common, it would be a shift against the coded ones
+    s = tl.dot((q - high.to(tl.float32)).to(tl.float16), tl.trans(k), s) * (norm * (scaling * 1.4426950408889634))[:, None] * ks[None, :]
     ok = i < hot
     if MASKED: ok = ok & (tl.load(MASK + bh // H * mask_row + n_cold + i, mask=i < hot, other=0) != 0)
     s = tl.where(ok[None, :], _capped(s, cap2, CAP), -1e30)
@@ -821,7 +823,7 @@ def run_launches(
         for l in launches: l(step, addresses, stream)
 
 # %% ../nbs/05_kernels.ipynb #0f03e4bf
-_broken, _told = set(), set() # Devices on which a kernel failed; reasons that the log has
+_broken, _told = set(), set() # Devices on which a kernel failed, `("chunk", device)` where it was that of `attend_chunk`; reasons that the log has
 _kept, _written, _lock = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary(), threading.Lock() # By layer or `HotTier`
 
 # %% ../nbs/05_kernels.ipynb #f0052cba
@@ -1030,10 +1032,15 @@ def part_of(
 # %% ../nbs/05_kernels.ipynb #c92b4ccb
 _agreed = set() # Kinds of steps in which kernels and PyTorch agreed
 
-def _check(layer, got, query_states, key_states, value_states, attention_mask, scaling, softcap):
+def _check_shapes(layer, q, k, v):
+    B, H, D = len(layer.landmark_slots), layer.landmark_keys.shape[1], layer.landmark_keys.shape[3]
+    if k.shape != (B, H, q.shape[2], D) or v.shape[:3] != k.shape[:3] or (len(q), q.shape[1] % H, q.shape[3]) != (B, 0, D):
+        raise ValueError(f"queries {tuple(q.shape)}, keys {tuple(k.shape)} and values {tuple(v.shape)} do not fit a layer of {B} sequences, {H} KV heads and head_dim {D}")
+
+def _check(layer, got, query_states, key_states, value_states, attention_mask, scaling, softcap, how=()):
     "Raise if the kernels' output of a kind of step that is new on this device is not what PyTorch gives."
     dev, group = query_states.device, query_states.shape[1] // key_states.shape[1]
-    kind = dev, query_states.dtype, query_states.shape[3:], query_states.shape[2] > 1, group, attention_mask is None, softcap is None, len(layer.cold.segments) > 1
+    kind = dev, query_states.dtype, query_states.shape[3], group, attention_mask is None, softcap is None, len(layer.cold.segments) > 1, *how
     if kind in _agreed or layer.hot in counters: return
     mask, part = None if attention_mask is None else attention_mask[:1], part_of(layer, slice(1), slice(1))
     want, got = attention.attend(part, query_states[:1, :group], key_states[:1, :1], value_states[:1, :1], mask, scaling, softcap)[0].float(), got[:1, :, :group].float()
@@ -1086,16 +1093,19 @@ def attend(
 ) -> tuple[Tensor, Tensor|None]: # Output `[B, q_len, heads, Dv]`; attention received by hot and new tokens, only where the layer asks for it
     "Attention of new queries, by the kernels where they can and by PyTorch where they cannot."
     why, n, seen = unsupported(layer, query_states, value_states) or ("a kernel failed before" if query_states.device in _broken else None), query_states.shape[2], None
-    several = n > QUERIES
+    several, kernel = n > QUERIES, query_states.device
     if why is None and not several and attention_mask is not None and layer.hot not in counters:
         seen = _mask_bytes(layer, attention_mask, len(query_states), n)
         several = seen is None
-        if several and not (attend_chunk and attend_chunk.fits(query_states)): why = MANY
+    if why is None and n > 1: _check_shapes(layer, query_states, key_states, value_states)
+    if several:
+        kernel, how = ("chunk", kernel), attend_chunk and attend_chunk.fits(query_states, n * query_states.shape[1] // key_states.shape[1])
+        if why is None and (not how or kernel in _broken): why = MANY
     if why is None:
         try:
             if several:
                 out = attend_chunk(layer, query_states, key_states, value_states, attention_mask, scaling, softcap)
-                _check(layer, out, query_states, key_states, value_states, attention_mask, scaling, softcap)
+                _check(layer, out, query_states, key_states, value_states, attention_mask, scaling, softcap, (how, layer.cold.segments[0].loss is None))
                 return out, None
             if n > 1: return one_by_one(layer, query_states, key_states, value_states, attention_mask, seen, scaling, softcap), None
             out = decode_attention(layer, query_states, key_states, value_states, None if seen is None else seen[0], scaling, softcap, None, True)
@@ -1103,7 +1113,7 @@ def attend(
             return out, None
         except (RuntimeError, triton.errors.TritonError) as e:
             if isinstance(e, torch.cuda.OutOfMemoryError): raise
-            _broken.add(query_states.device)
+            _broken.add(kernel)
             _written.pop(layer.hot, None)
             warnings.warn(f"a Triton kernel failed on {query_states.device} ({type(e).__name__}: {str(e)[:200]}); attention falls back to PyTorch, with the same results, slower")
     elif why not in _told and why != MANY:
