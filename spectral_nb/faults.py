@@ -80,14 +80,14 @@ def fp16_softmax():
 # %% ../nbs/07a_faults.ipynb #4a5b42b0
 @known_fault("recent keys get the cosine half of their rotary embedding, and no sine")
 def cosine_only():
-    inner = attention._exact_parts
-    def _exact_parts(layer, key_states, value_states):
+    inner = attention.exact_parts
+    def exact_parts(layer, key_states, value_states):
         keys, values = inner(layer, key_states, value_states)
         L, n, start = layer.landmark_slots.shape[1], layer.hot_length, len(layer.cold)
         cos, sin = layer.table.rows(torch.arange(start, start + n, device=keys.device))
         keys[:, :, L:L + n] = turn(turn(keys[:, :, L:L + n], cos, -sin, layer.table.interleaved), cos, 0 * sin, layer.table.interleaved)
         return keys, values
-    with swap.object(attention, "_exact_parts", _exact_parts): yield
+    with swap.object(attention, "exact_parts", exact_parts): yield
 
 # %% ../nbs/07a_faults.ipynb #70379c3a
 @known_fault("queries are turned back by their distance from the key instead of the key's position")
