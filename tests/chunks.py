@@ -1,6 +1,6 @@
 """Many queries at once by the chunk kernel against the PyTorch path in float32 on the same codes.
 
-`python tests/chunks.py OUT.json` on a GPU, in float16, bfloat16 and float32; run by test_kernels.py with TRITON_INTERPRET=1: `python tests/chunks.py - [case ...]`.
+`python tests/chunks.py OUT.json` on a GPU, in float16, bfloat16 and float32; run by test_kernel_builds.py with TRITON_INTERPRET=1: `python tests/chunks.py - [case ...]`.
 """
 import json
 import sys

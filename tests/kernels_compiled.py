@@ -1,4 +1,4 @@
-"Run by test_kernels.py without a GPU: every kernel builds for sm_75, sm_80 and sm_90; prints registers, stack and shared memory."
+"Run by test_kernel_builds.py without a GPU: every kernel builds for sm_75, sm_80 and sm_90; prints registers, stack and shared memory."
 import re
 import subprocess
 import sys
