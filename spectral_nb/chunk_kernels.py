@@ -6,7 +6,6 @@
 __all__ = ['chunk', 'lost_scores', 'large', 'tiles_of', 'attend_tiles', 'attend_chunk']
 
 # %% ../nbs/05d_chunk_kernels.ipynb #9ea6fed0
-from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from . import attention, kernels
 from .cache import SpectralLayer
-from .kernels import LOG2E, _capped, _power, interpreted, jit, part_of, tl, triton, tuning_for
+from .kernels import LOG2E, _capped, _power, interpreted, jit, on, part_of, tl, triton, tuning_for
 from .rope import turn
 from .spectral import PAGE
 
@@ -112,7 +111,7 @@ def attend_tiles(
     programs = triton.cdiv(G * Q, tq), B * H
     S = splits or max(1, min(triton.cdiv(n, 4 * tk), 2 * tuning_for(dev).multiprocessors // (programs[0] * programs[1])))
     out, lse = torch.empty(S, B * H, G * Q, D, dtype=keys.dtype if S == 1 else torch.float32, device=dev), torch.empty(S, B * H, G * Q, device=dev)
-    with torch.cuda.device(dev) if dev.type == "cuda" else nullcontext(): # launches go to the device that is current
+    with on(dev):
         chunk[(*programs, S)](query_states, keys, values, seen.view(torch.uint8), lse if lost is None else lost, out, lse, n, Q, coded, *query_states.stride()[:3], *seen.stride()[:2], float(scaling * LOG2E), float((softcap or 1.) * LOG2E),
             H=H, G=G, D=D, DP=_power(D), TQ=tq, TK=tk, BIASED=lost is not None, CAP=softcap is not None, EXACT=keys.dtype == torch.float32 or interpreted(), num_warps=warps, num_stages=stages)
     out = out[0] if S == 1 else (lse.softmax(0).nan_to_num_()[..., None] * out).sum(0)

@@ -9,14 +9,13 @@ __all__ = ['encoder', 'byte_table', 'encode', 'by_dimension', 'factors', 'addres
 
 # %% ../nbs/05c_encode_kernels.ipynb #462056b1
 import warnings
-from contextlib import nullcontext
 from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels import interpreted, jit, stream_of, tl, triton, tuning_for
+from .kernels import interpreted, jit, on, stream_of, tl, triton, tuning_for
 from .spectral import GROUP, KEY_BYTES, PAGE, Coded, Layout, Quantizer, analysis_together, code_together, joined, parts_of, planes_of, stacked
 
 # %% ../nbs/05c_encode_kernels.ipynb #801575fd
@@ -134,11 +133,6 @@ def factors(
     cos, sin, interleaved = angles
     if (held := getattr(cos, "_factors", None)) is None: held = cos._factors = by_dimension(cos[::PAGE], sin[::PAGE], interleaved, D) # for all layers
     return held
-
-# %% ../nbs/05c_encode_kernels.ipynb #51e8064e
-def on(device:torch.device):
-    "Launches go to the device that is current."
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 # %% ../nbs/05c_encode_kernels.ipynb #b9b527a7
 def addresses(

@@ -637,6 +637,12 @@ def stream_of(device:torch.device) -> int:
     if not torch.cuda.is_current_stream_capturing(): _streams.last = torch._C._cuda_getCurrentRawStream(device.index)
     return getattr(_streams, "last", 0)
 
+# %% ../nbs/05_kernels.ipynb #60871b30
+def on(device:torch.device):
+    "Launches go to the device that is current."
+    return torch.cuda.device(device) if device.type == "cuda" and torch._C._cuda_getDevice() != device.index else nullcontext()
+
+
 # %% ../nbs/05_kernels.ipynb #ef8de926
 class Scratch:
     "Memory that the layers of a stream share: projections of queries and parts of sums."
@@ -738,7 +744,6 @@ def unsupported(
     "Why the kernels cannot attend to this layer."
     if triton is None: return "Triton is not installed"
     if not (query_states.is_cuda or interpreted()): return "states are not on a GPU"
-    if query_states.shape[2] > QUERIES and not (attend_chunk and attend_chunk.fits(query_states)): return MANY
     if layer.config.coding != "spectral": return f"coding {layer.config.coding!r}"
     if layer.importance is not None: return "attention received is asked for"
     D, H = query_states.shape[3], value_states.shape[1]
@@ -816,10 +821,9 @@ def run_launches(
     device:torch.device,
 ):
     "All of them, on the current stream."
-    addresses, stream, other = {n: t.data_ptr() for n, t in step.items()}, None, False
-    if device.type == "cuda" and not interpreted():
-        stream, other = torch._C._cuda_getCurrentRawStream(device.index), torch._C._cuda_getDevice() != device.index
-    with torch.cuda.device(device) if other else nullcontext():
+    addresses, stream = {n: t.data_ptr() for n, t in step.items()}, None
+    if device.type == "cuda" and not interpreted(): stream = torch._C._cuda_getCurrentRawStream(device.index)
+    with on(device):
         for l in launches: l(step, addresses, stream)
 
 # %% ../nbs/05_kernels.ipynb #0f03e4bf
@@ -1092,15 +1096,15 @@ def attend(
     softcap:float|None=None,
 ) -> tuple[Tensor, Tensor|None]: # Output `[B, q_len, heads, Dv]`; attention received by hot and new tokens, only where the layer asks for it
     "Attention of new queries, by the kernels where they can and by PyTorch where they cannot."
-    why, n, seen = unsupported(layer, query_states, value_states) or ("a kernel failed before" if query_states.device in _broken else None), query_states.shape[2], None
-    several, kernel = n > QUERIES, query_states.device
+    n, kernel, seen = query_states.shape[2], query_states.device, None
+    why, several = unsupported(layer, query_states, value_states) or ("a kernel failed before" if kernel in _broken else None), n > QUERIES
+    if why is None and n > 1: _check_shapes(layer, query_states, key_states, value_states)
     if why is None and not several and attention_mask is not None and layer.hot not in counters:
         seen = _mask_bytes(layer, attention_mask, len(query_states), n)
         several = seen is None
-    if why is None and n > 1: _check_shapes(layer, query_states, key_states, value_states)
-    if several:
+    if why is None and several:
         kernel, how = ("chunk", kernel), attend_chunk and attend_chunk.fits(query_states, n * query_states.shape[1] // key_states.shape[1])
-        if why is None and (not how or kernel in _broken): why = MANY
+        if not how or kernel in _broken: why = MANY
     if why is None:
         try:
             if several:

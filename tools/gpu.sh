@@ -31,7 +31,7 @@ for part in $parts; do
     case $part in
     checks) # every kernel variant in both types, kept launches, decode graphs
         i=0
-        for cases in "group4 group1 group2_batch group16" "group7 dim64 dim80 dim96" "dim256 float16 bfloat16 one_bit many_bits" "padded softcap interleaved many_landmarks" "partial_rotary one_page segments no_landmarks group16_dim64"; do
+        for cases in "group4 group1 group2_batch group16" "group7 dim64 dim80 dim96" "dim256 float16 bfloat16 one_bit many_bits" "padded softcap interleaved many_landmarks" "partial_rotary one_page segments no_landmarks" "group16_dim64 biased biased_float16"; do
             i=$((i + 1)); timeout 150 python3 tests/kernels_gpu.py "$out/kernels_$i.json" $cases >"$logs/kernels_$i" 2>&1 &
             timeout 200 python3 tests/chunks.py "$out/chunks_$i.json" $cases >"$logs/chunks_$i" 2>&1 &
         done
