@@ -732,7 +732,7 @@ def marked_pages(
     return held[1]
 
 # %% ../nbs/05_kernels.ipynb #4c8122ba
-QUERIES, MANY = 32, "more queries than the kernels take" # One after the other
+QUERIES, MANY = 16, "more queries than the kernels take" # One after the other
 attend_chunk = None # Takes more of them, where `spectral_nb.chunk_kernels` is imported
 
 # %% ../nbs/05_kernels.ipynb #2f187a30

@@ -15,7 +15,7 @@ TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", t
 cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-CHUNKS = "group4", "group1", "dim64", "dim96", "dim256", "bfloat16", "softcap" # the rest differ in what is rebuilt only
+CHUNKS = "group4", "group1", "dim64", "dim80", "dim96", "dim256", "bfloat16", "softcap" # the rest differ in numbers only
 
 
 class Compiled:
@@ -45,7 +45,7 @@ class Compiled:
 
 for name in ("prepare", "decode", "decode_gemv", "merge"): setattr(kernels, name, Compiled(getattr(kernels, name)))
 for name in ("encode", "query_attends", "query_shares", "query_feels", "state_moments", "query_moments", "try_steps", "copy_rows", "invert_factor", "invert_bases"): setattr(encode_kernels, name, Compiled(getattr(encode_kernels, name)))
-chunk_kernels.chunk = Compiled(chunk_kernels.chunk)
+for name in ("rebuild", "chunk"): setattr(chunk_kernels, name, Compiled(getattr(chunk_kernels, name)))
 encoder = encode_kernels.Encoder()
 encoder.here, encoder.measures, encoder.run = lambda x: True, lambda x: x.shape[-1] <= 128 and Compiled.arch > 75, lambda x, kind, by_kernel, *_: by_kernel()
 for name in sys.argv[2:] or CASES:
