@@ -43,9 +43,10 @@ def rebuild(CODES, COLUMNS, BASIS, SCALE, OFFSET, TAB, PAIR, MIDDLE, OUT, column
         basis = tl.load(BASIS + row[:, None] * D + dim[None, :], mask=here[:, None] & ok[None, :], other=0)
         if EXACT: acc = tl.dot(x, basis.to(tl.float32), acc, input_precision="ieee")
         else:
-            near = x.to(tl.bfloat16)
-            acc = tl.dot(near, basis.to(tl.bfloat16), acc)
-            acc = tl.dot((x - near.to(tl.float32)).to(tl.bfloat16), basis.to(tl.bfloat16), acc)
+            for _ in tl.static_range(3):
+                part = x.to(tl.bfloat16)
+                acc = tl.dot(part, basis.to(tl.bfloat16), acc)
+                x -= part.to(tl.float32)
     acc += tl.load(OFFSET + group * D + dim, mask=ok, other=0.)[None, :]
     OUT += (group * n + first + page * 128 + t)[:, None] * D
     if KEYS:
