@@ -559,6 +559,10 @@ class Quantizer:
         return torch.minimum(out.round_().clamp_(min=0), self.top[..., :rank], out=out)
 
 # %% ../nbs/02b_spectral.ipynb #2dc61c18
+@lru_cache(4096)
+def _middle(layout:Layout, device:torch.device) -> Tensor: # Kept there: a copy would wait for the device
+    return torch.tensor([(2 ** b - 1) / 2 for b in layout.bits for _ in range(GROUP)], device=device)
+
 @dataclass
 class Coded:
     "Packed codes of `n` tokens, and the basis that they refer to."
@@ -607,7 +611,7 @@ class Coded:
 
     def middle(self) -> Tensor: # `[rank]` float32
         "The middle code of each component."
-        return torch.tensor([(2 ** b - 1) / 2 for b in self.layout.bits for _ in range(GROUP)], device=self.basis.device)
+        return _middle(self.layout, self.basis.device)
 
     def rows(self) -> Tensor: # `[B, H, rank, D]` float32
         "What one unit of each code adds to a state."
