@@ -1,6 +1,6 @@
 """Random models, batches and operations: a lossless cache against a dense one, and on a GPU kernels against PyTorch on the same codes.
 
-`python tests/random_models.py OUT.json SECONDS [SEED]` needs a GPU; test_random.py runs a few on the CPU.
+`python tests/random_models.py OUT.json SECONDS [SEED]` needs a GPU; test_random.py runs a few on the CPU, some with kernels in the interpreter.
 """
 import copy
 import json
@@ -8,13 +8,14 @@ import random
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from spectral_nb import chunk_kernels, encode_kernels, kernels # noqa: F401 (registers itself)
+from spectral_nb import attention, chunk_kernels, encode_kernels, kernels # noqa: F401 (registers itself)
 from spectral_nb.cache import SpectralCache, SpectralLayer
 from spectral_nb.codec import SpectralConfig
 from spectral_nb.graph import DecodeGraph
@@ -100,30 +101,56 @@ class Pair:
             self.note(graph(ids).clone()[:, None], self.model(ids, past_key_values=b).logits)
 
 
+@contextmanager
+def checked(errors):
+    "Each attention by kernels once more by PyTorch in float32, of the same queries to the same codes: relative errors by what was called."
+    inner = attention.BACKENDS["triton"]
+    def both(layer, q, k, v, *args):
+        out = inner(layer, q, k, v, *args)
+        if q.is_cuda and torch.cuda.is_current_stream_capturing(): return out
+        want = attention.attend(layer, q.float(), k.float(), v.float(), *args)[0]
+        name = "step" if q.shape[2] == 1 else "few" if q.shape[2] <= kernels.QUERIES else "chunk"
+        errors[name] = max(errors.get(name, 0.), ((out[0].float() - want).norm() / want.norm()).item())
+        return out
+    attention.BACKENDS["triton"] = both
+    try: yield errors
+    finally: attention.BACKENDS["triton"] = inner
+
+
 @torch.no_grad()
 def case(seed, device="cpu"):
-    "What was made, what was done, and the largest difference."
+    "What was made, what was done, how far logits were apart and how far attention was at most."
     r, gpu = random.Random(seed), device == "cuda"
+    fast, sizes, names, dtypes = gpu or kernels.interpreted(), [4, 5, 8, 16], OPERATIONS + ["graph"] * gpu, [torch.float16, torch.bfloat16, torch.float32]
     torch.manual_seed(seed)
-    page, dims, dtype = (128, (64, 80, 96, 128, 256), r.choice([torch.float16, torch.bfloat16, torch.float32])) if gpu else (32, (16, 32), torch.float32)
+    page, dims, dtype = (128, (64, 80, 96, 128, 256), r.choice(dtypes if gpu else dtypes[::2])) if fast else (32, (16, 32), torch.float32)
+    if fast and not gpu: dims, sizes, names = dims[:4], sizes[:2], [o for o in names if o != "page"] # the interpreter takes its time, and multiplies the bits of bfloat16
     model, made = random_model(r, dims, dtype, device)
-    B, n = r.choice([1, 1, 2, 3]), r.choice([4, 5, 8, 16]) * page + r.choice([8, 63, 127])
+    B, n = r.choice([1, 1, 2, 3]), r.choice(sizes) * page + r.choice([8, 63, 127])
     mask = torch.ones(B, n, dtype=torch.long, device=device)
     for row in mask[1:]: row[:r.choice([0, 3, page + 1, n - page // 4])] = 0
     common = dict(hot_buffer_size=page // 2, landmark_count=r.choice([0, 4, 16]))
-    if gpu: a = SpectralCache(model.config, coding="spectral", layer_weights=[(1., 1.)] * 2, **(dict(ratio=r.choice([3., 5., 8., 10.])) if r.random() < .7 else dict(bits=r.choice([1., 2., 4.]))), **common)
+    if fast: a = SpectralCache(model.config, coding="spectral", layer_weights=[(1., 1.)] * 2, **(dict(ratio=r.choice([3., 5., 8., 10.])) if r.random() < .7 else dict(bits=r.choice([1., 2., 4.]))), **common)
     else: a = SpectralCache(model.config, SpectralConfig.lossless(made["head_dim"], coding="rank", block_size=page, **common))
     b = DynamicCache(config=model.config)
     pair = Pair(model, mask, a, b)
     pair.feed(pair.some(n), new=False)
-    if gpu: # the same codes, by PyTorch
+    if fast: # the same codes, by PyTorch
         b = copy.deepcopy(a)
         for o in b.layers:
             if isinstance(o, SpectralLayer): o.config = replace(o.config, kernel="torch")
         pair.caches = a, b
-    done = [r.choice(OPERATIONS + ["graph"] * gpu) for _ in range(8)]
-    for name in done: getattr(pair, name)(r, page)
-    return dict(seed=seed, **made, dtype=str(dtype)[6:], rows=B, tokens=n, padding=(n - mask.sum(1)).tolist(), done=done, worst=pair.worst)
+    done = [r.choice(names) for _ in range(8)]
+    with checked({}) as errors:
+        for name in done: getattr(pair, name)(r, page)
+    return dict(seed=seed, **made, dtype=str(dtype)[6:], rows=B, tokens=n, padding=(n - mask.sum(1)).tolist(), done=done, worst=pair.worst, errors=errors)
+
+
+def wrong(row):
+    "What is further off than its kind may be. A few candidates are steps, which read those before them as int8; PyTorch as they are."
+    coarse = row["dtype"] == "bfloat16"
+    limits = dict(step=(2e-3, 8e-3)[coarse], chunk=(2e-3, 8e-3)[coarse], few=.015, worst=.01 if row["dtype"] == "float32" else .03) # of logits more: pages are coded by kernels in one cache and by PyTorch in the other
+    return {name: e for name, e in [*row.get("errors", {}).items(), ("worst", row["worst"])] if not e < limits[name]} | ({"failed": row["failed"]} if row["failed"] else {})
 
 
 if __name__ == "__main__":
@@ -131,9 +158,9 @@ if __name__ == "__main__":
     rows, start = [], time.time()
     warnings.simplefilter("ignore")
     while time.time() - start < seconds:
-        rows.append(dict(case(seed, "cuda"), failed=[str(d) for d in (*kernels._broken, *encode_kernels.encoder.failed)]))
+        rows.append(dict(case(seed, "cuda" if torch.cuda.is_available() else "cpu"), failed=[str(d) for d in (*kernels._broken, *encode_kernels.encoder.failed)]))
         kernels._broken.clear(); encode_kernels.encoder.failed.clear()
-        if rows[-1]["failed"] or rows[-1]["worst"] > .02: print(rows[-1], flush=True)
+        if wrong(rows[-1]): print(rows[-1], flush=True)
         seed += 1
         out.write_text(json.dumps(dict(**stamp("python tests/random_models.py"), rows=rows), indent=1) + "\n")
     print(len(rows), "cases, worst", max(o["worst"] for o in rows))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import CASES, case
+from random_models import wrong
 from spectral_nb import attention, encode_kernels, kernels
 
 HERE, NAMES = Path(__file__).parent, list(CASES)
@@ -184,6 +185,14 @@ def test_streams_read_tables_of_their_own(monkeypatch):
 def test_several_queries_in_the_interpreter():
     "Those of candidates: steps of the kernels, one after the other; nothing is left behind in the hot tier."
     assert len(run("kernels_several.py", TRITON_INTERPRET="1").splitlines()) == 7
+
+
+@needs_triton
+def test_a_random_model_in_the_interpreter(tmp_path):
+    "Each attention of steps and chunks is PyTorch's, in float32 on the same codes, whatever was done to the cache before."
+    run("random_models.py", tmp_path / "rows.json", "1", "309", TRITON_INTERPRET="1")
+    row, = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["errors"] and max(row["errors"].values()) > 0 and not wrong(row), row
 
 
 @needs_triton

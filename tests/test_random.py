@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_models import FAMILIES, case
+from random_models import FAMILIES, case, wrong
 from two_gpus import model_over
 
 HERE = Path(__file__).parent
@@ -20,7 +20,7 @@ def test_a_lossless_cache_follows_a_dense_one(seed):
 
 def test_last_result_on_a_gpu():
     rows = json.loads((HERE.parent / "nbs/results/random_models.json").read_text())["rows"]
-    assert {r["family"] for r in rows} == set(FAMILIES) and not any(r["failed"] for r in rows) and all(r["worst"] < (.01 if r["dtype"] == "float32" else .03) for r in rows) # pages are coded by kernels in one cache and by PyTorch in the other
+    assert {r["family"] for r in rows} == set(FAMILIES) and not any(map(wrong, rows))
 
 
 def test_a_model_in_two_places():
