@@ -231,7 +231,7 @@ def attend_chunk(
     (B, heads, Q, D), H, n, dtype = query_states.shape, key_states.shape[1], len(layer.cold), query_states.dtype
     G, scaling, mask = heads // H, D ** -.5 if scaling is None else scaling, attention.seen_slots(layer, attention_mask, Q)
     if query_states.stride(3) != 1: query_states = query_states.contiguous()
-    held = n + layer.landmark_slots.shape[1] + layer.hot_length + Q
+    held = layer.landmark_slots.shape[1] + mask.shape[3]
     out, some = torch.empty(B, Q, heads, D, dtype=dtype, device=query_states.device), max(1, numbers // (held * D)) # heads
     parts = [(slice(b, b + max(1, some // H)), slice(h, h + min(some, H))) for b in range(0, B, max(1, some // H)) for h in range(0, H, min(some, H))]
     with torch.autocast(query_states.device.type, enabled=False):

@@ -59,7 +59,7 @@ def case(B=1, H=2, G=4, D=128, T=450, dtype=torch.float32, bits=2., padding=None
     return layer, q, k, v, mask, softcap
 
 
-def error(got, layer, q, k, v, mask, softcap):
+def error(got, layer, q, k, v, mask, softcap, scaling=None):
     "Relative error against the PyTorch path in float32 on the same codes."
-    want, _ = attention.attend(layer, q.float(), k.float(), v.float(), mask, None, softcap)
+    want, _ = attention.attend(layer, q.float(), k.float(), v.float(), mask, scaling, softcap)
     return ((got.float() - want).norm() / want.norm()).item()

@@ -1,6 +1,6 @@
 """Random models, batches and operations: a lossless cache against a dense one, and on a GPU kernels against PyTorch on the same codes.
 
-`python tests/random_models.py OUT.json SECONDS [SEED]` needs a GPU; test_random.py runs a few on the CPU, some with kernels in the interpreter.
+`python tests/random_models.py OUT.json SECONDS [SEED]` needs a GPU; test_random.py runs a few on the CPU, test_kernels.py one with kernels in the interpreter.
 """
 import copy
 import json
@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from kernel_cases import error
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from spectral_nb import attention, chunk_kernels, encode_kernels, kernels # noqa: F401 (registers itself)
@@ -105,12 +106,11 @@ class Pair:
 def checked(errors):
     "Each attention by kernels once more by PyTorch in float32, of the same queries to the same codes: relative errors by what was called."
     inner = attention.BACKENDS["triton"]
-    def both(layer, q, k, v, *args):
-        out = inner(layer, q, k, v, *args)
+    def both(layer, q, k, v, mask=None, scaling=None, softcap=None):
+        out = inner(layer, q, k, v, mask, scaling, softcap)
         if q.is_cuda and torch.cuda.is_current_stream_capturing(): return out
-        want = attention.attend(layer, q.float(), k.float(), v.float(), *args)[0]
         name = "step" if q.shape[2] == 1 else "few" if q.shape[2] <= kernels.QUERIES else "chunk"
-        errors[name] = max(errors.get(name, 0.), ((out[0].float() - want).norm() / want.norm()).item())
+        errors[name] = max(errors.get(name, 0.), error(out[0], layer, q, k, v, mask, softcap, scaling))
         return out
     attention.BACKENDS["triton"] = both
     try: yield errors
@@ -121,10 +121,12 @@ def checked(errors):
 def case(seed, device="cpu"):
     "What was made, what was done, how far logits were apart and how far attention was at most."
     r, gpu = random.Random(seed), device == "cuda"
-    fast, sizes, names, dtypes = gpu or kernels.interpreted(), [4, 5, 8, 16], OPERATIONS + ["graph"] * gpu, [torch.float16, torch.bfloat16, torch.float32]
+    fast, page, dims, dtypes, sizes, names = gpu or kernels.interpreted(), 128, (64, 80, 96, 128, 256), [torch.float16, torch.bfloat16, torch.float32], [4, 5, 8, 16], OPERATIONS
+    if gpu: names = [*names, "graph"]
+    elif fast: dims, dtypes, sizes, names = dims[:4], dtypes[::2], sizes[:2], [o for o in names if o != "page"] # the interpreter takes its time, and multiplies the bits of bfloat16
+    else: page, dims = 32, (16, 32)
     torch.manual_seed(seed)
-    page, dims, dtype = (128, (64, 80, 96, 128, 256), r.choice(dtypes if gpu else dtypes[::2])) if fast else (32, (16, 32), torch.float32)
-    if fast and not gpu: dims, sizes, names = dims[:4], sizes[:2], [o for o in names if o != "page"] # the interpreter takes its time, and multiplies the bits of bfloat16
+    dtype = r.choice(dtypes) if fast else torch.float32
     model, made = random_model(r, dims, dtype, device)
     B, n = r.choice([1, 1, 2, 3]), r.choice(sizes) * page + r.choice([8, 63, 127])
     mask = torch.ones(B, n, dtype=torch.long, device=device)
